@@ -1,0 +1,1 @@
+"""ASCA and a complete BirdCLEF pipeline: folds, cache, train, evaluate, export, infer."""

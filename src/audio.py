@@ -1,0 +1,215 @@
+"""An audio file -> waveform -> log-mel -> windows: the one front-end of cache, training and inference."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import scipy.fft
+import scipy.sparse
+import soundfile
+import soxr
+from numpy.lib.stride_tricks import sliding_window_view
+
+from .config import AudioConfig
+
+SUFFIXES = (".ogg", ".oga", ".opus", ".wav", ".flac", ".mp3", ".aif", ".aiff")
+EPSILON = 1e-10  # added to the power: silence becomes -100 dB, not -inf
+BLOCK_FRAMES = 500  # spectrogram frames computed at once: 5 s stay in a core's cache, 10 minutes do not
+BLOCK_SECONDS = 30.0  # decoded at once
+MIN_BYTES_PER_SECOND = 8  # a header that claims more audio than this per byte of file is damaged
+
+
+class DamagedAudio(Exception):
+    """A file that does not decode to what its header promises; the text is the cause."""
+
+
+@dataclass(frozen=True)
+class Header:
+    sample_rate: int  # Hz, of the file
+    channels: int
+    n_samples: int  # per channel, at the file's rate
+
+    @property
+    def seconds(self) -> float:
+        return self.n_samples / self.sample_rate
+
+
+def read_header(path: Path | str) -> Header:
+    """The header's facts. Raises DamagedAudio where there is no readable, believable header."""
+    try:
+        with soundfile.SoundFile(path) as file:
+            header = Header(file.samplerate, file.channels, file.frames)
+        size = os.path.getsize(path)
+    except (soundfile.LibsndfileError, OSError, RuntimeError, TypeError) as error:
+        raise DamagedAudio(_cause(path, error)) from error
+    if header.n_samples <= 0:
+        raise DamagedAudio("no samples")
+    if header.sample_rate < 1000 or header.seconds > size / MIN_BYTES_PER_SECOND + 1:
+        raise DamagedAudio(f"header claims {header.seconds:.0f} s at {header.sample_rate} Hz in {size} bytes")
+    return header
+
+
+def _cause(path: Path | str, error: Exception) -> str:
+    if not os.path.exists(path):
+        return "missing file"
+    if os.path.getsize(path) == 0:
+        return "empty file"
+    return str(getattr(error, "error_string", error)).strip().rstrip(".") or type(error).__name__
+
+
+def ogg_is_truncated(path: Path | str) -> bool:
+    """Whether an Ogg file's last page lacks the end-of-stream flag: truncation that the frame count cannot show."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"OggS":
+            return False
+        file.seek(-min(os.path.getsize(path), 2 * 65_307), os.SEEK_END)  # the largest Ogg page has 65,307 bytes
+        tail = file.read()
+    page = tail.rfind(b"OggS\0")
+    return page < 0 or page + 5 >= len(tail) or not tail[page + 5] & 4
+
+
+def read_blocks(path: Path | str, sample_rate: int) -> Iterator[np.ndarray]:
+    """Yields the file's waveform as float32 mono blocks at `sample_rate`, in bounded memory.
+
+    Everything that decodes is yielded; then DamagedAudio is raised if the file raised, held fewer samples than
+    its header says, or is a truncated Ogg stream. Never decodes to int16: soundfile wraps Vorbis peaks over 1.0.
+    """
+    header = read_header(path)
+    resample = None
+    if header.sample_rate != sample_rate:
+        resample = soxr.ResampleStream(header.sample_rate, sample_rate, 1, dtype="float32", quality="HQ")
+    n_decoded, cause = 0, None
+    try:
+        with soundfile.SoundFile(path) as file:
+            while True:
+                block = file.read(round(BLOCK_SECONDS * header.sample_rate), dtype="float32", always_2d=True)
+                n_decoded += len(block)
+                if not len(block):
+                    break
+                yield _clean(block) if resample is None else resample.resample_chunk(_clean(block))
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        cause = _cause(path, error)
+    if resample is not None:
+        yield resample.resample_chunk(np.zeros(0, np.float32), last=True)
+    if cause is None and n_decoded < header.n_samples:
+        cause = f"only {n_decoded} of {header.n_samples} samples decode"
+    if cause is None and ogg_is_truncated(path):
+        cause = "truncated: the last Ogg page lacks the end-of-stream flag"
+    if cause:
+        raise DamagedAudio(cause)
+
+
+def _clean(block: np.ndarray) -> np.ndarray:
+    """(n, channels) -> finite mono (n,): the channels' mean; NaN and infinity, which float WAVs can hold, become 0."""
+    mono = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
+    if not np.isfinite(np.dot(mono, mono)):
+        mono = np.clip(np.nan_to_num(mono, nan=0.0, posinf=0.0, neginf=0.0), -1.0, 1.0)
+    return mono
+
+
+def read_waveform(path: Path | str, sample_rate: int) -> np.ndarray:
+    """The whole file, (n_samples,) float32 mono at `sample_rate`. Raises DamagedAudio."""
+    return np.concatenate(list(read_blocks(path, sample_rate)))
+
+
+@lru_cache(maxsize=8)
+def _window(config: AudioConfig) -> np.ndarray:
+    """The periodic Hamming window, zero-padded on both sides to n_fft."""
+    n = np.arange(config.win_length)
+    window = np.zeros(config.n_fft, np.float32)
+    left = (config.n_fft - config.win_length) // 2
+    window[left : left + config.win_length] = 0.54 - 0.46 * np.cos(2 * np.pi * n / config.win_length)
+    return window
+
+
+@lru_cache(maxsize=8)
+def _filterbank(config: AudioConfig) -> scipy.sparse.csr_matrix:
+    """(n_mels, n_fft / 2 + 1) Slaney mel filters from librosa; sparse, since 1.5 % of it is not zero."""
+    import librosa.filters  # here, since it takes a second to import
+
+    return scipy.sparse.csr_matrix(
+        librosa.filters.mel(sr=config.sample_rate, n_fft=config.n_fft, n_mels=config.n_mels,
+                            fmin=config.fmin, fmax=config.fmax))
+
+
+def frames_to_log_mel(padded: np.ndarray, config: AudioConfig) -> np.ndarray:
+    """(n_samples,) -> (n_mels, n_frames) float32 dB; frame t covers samples [t hop, t hop + n_fft) of `padded`."""
+    frames = sliding_window_view(padded, config.n_fft)[:: config.hop_length]
+    log_mel = np.empty((config.n_mels, len(frames)), np.float32)
+    for start in range(0, len(frames), BLOCK_FRAMES):
+        block = frames[start : start + BLOCK_FRAMES] * _window(config)  # (<= 500, n_fft)
+        power = np.abs(scipy.fft.rfft(block, axis=-1)) ** 2  # (<= 500, n_fft / 2 + 1), complex64 -> float32
+        log_mel[:, start : start + BLOCK_FRAMES] = _filterbank(config) @ power.T
+    log_mel += EPSILON
+    np.log10(log_mel, out=log_mel)
+    log_mel *= 10.0
+    return log_mel
+
+
+def stream_log_mel(blocks: Iterable[np.ndarray], config: AudioConfig) -> Iterator[np.ndarray]:
+    """Waveform blocks -> log-mel blocks (n_mels, n): together `log_mel` of the whole waveform, in bounded memory."""
+    half = config.n_fft // 2
+    rest = np.zeros(half, np.float32)  # centred frames: half an n_fft of zeros on either side
+    for block in _and_last(blocks, np.zeros(half, np.float32)):
+        rest = np.concatenate([rest, block])
+        if len(rest) >= config.n_fft:
+            log_mel = frames_to_log_mel(rest, config)
+            yield log_mel
+            rest = rest[log_mel.shape[1] * config.hop_length :]
+
+
+def _and_last(blocks: Iterable[np.ndarray], last: np.ndarray) -> Iterator[np.ndarray]:
+    yield from blocks
+    yield last
+
+
+def log_mel(waveform: np.ndarray, config: AudioConfig) -> np.ndarray:
+    """(n_samples,) float32 -> (n_mels, 1 + n_samples // hop_length) float32 dB, as librosa's melspectrogram
+    (centred, zero padding, power 2, Slaney scale and norm) in 10 log10(x + 1e-10)."""
+    return np.concatenate(list(stream_log_mel([waveform], config)), axis=1)
+
+
+def n_frames_of(n_samples: int, config: AudioConfig) -> int:
+    return 1 + n_samples // config.hop_length
+
+
+def read_stretch(path: Path | str, start: int, stop: int, config: AudioConfig) -> np.ndarray:
+    """Samples [start, stop) of the recording at the recipe's rate, by seeking; cut where the recording ends.
+
+    At another rate the stretch is read with 0.1 s of context and from a sample that both rates share, so that
+    it equals the resampled whole to within the resampler's ripple. Raises DamagedAudio.
+    """
+    try:
+        with soundfile.SoundFile(path) as file:
+            common = math.gcd(file.samplerate, config.sample_rate)
+            up, down = config.sample_rate // common, file.samplerate // common
+            context = 0 if up == down else math.ceil(0.1 * common)
+            first = max(0, start // up - context)  # counted in shared samples: `down` of the file's, `up` of ours
+            file.seek(min(first * down, file.frames))
+            n_wanted = (math.ceil(stop / up) + context - first) * down if context else stop - start
+            block = _clean(file.read(n_wanted, dtype="float32", always_2d=True))
+            if context:
+                block = soxr.resample(block, file.samplerate, config.sample_rate, quality="HQ")
+                block = block[start - first * up :]
+            return block[: stop - start]
+    except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
+        raise DamagedAudio(_cause(path, error)) from error
+
+
+def cut_window(spectrogram: np.ndarray, start: int, n_frames: int, config: AudioConfig) -> np.ndarray:
+    """Frames [start, start + n_frames) of (n_mels, frames); what lies beyond the end is silence."""
+    window = spectrogram[:, start : start + n_frames]
+    missing = n_frames - window.shape[1]
+    return np.pad(window, ((0, 0), (0, missing)), constant_values=config.db_min) if missing else window
+
+
+def to_uint8(spectrogram: np.ndarray, config: AudioConfig) -> np.ndarray:
+    """dB -> the cache's uint8 scale over [db_min, db_max]."""
+    scaled = (spectrogram - config.db_min) * (1 / config.db_step)
+    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)

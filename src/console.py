@@ -1,0 +1,52 @@
+"""What every stage shares on the terminal: errors in one line, a progress bar, a clean end on a signal."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """A fault that the user can mend. Its text names the file and the remedy; a stage prints it and exits 1."""
+
+
+def stage(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Makes a stage's `main(argv)` end well: 0 done, 1 with one line for a UserError, 130 / 143 for Ctrl-C / SIGTERM."""
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        name = main.__module__ if main.__module__ != "__main__" else sys.modules["__main__"].__spec__.name
+        previous = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            return main(argv) or 0
+        except UserError as error:
+            print(f"{name}: error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt as interrupt:
+            code = 143 if interrupt.args else 130
+            print(f"\n{name}: interrupted; what was finished is kept, the same command continues", file=sys.stderr)
+            return code
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    return run
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt(signum)
+
+
+def progress(items: Iterable | None = None, *, what: str, total: int | None = None, unit: str = "it") -> tqdm:
+    """A progress bar with an ETA on stderr; quiet where stderr is not a terminal, but for one line every 10 s."""
+    return tqdm(items, desc=what, total=total, unit=unit, dynamic_ncols=True, file=sys.stderr,
+                mininterval=0.2 if sys.stderr.isatty() else 10.0)
+
+
+def say(text: str) -> None:
+    """One line on stdout, at once (stages run under pipes and notebooks)."""
+    print(text, flush=True)

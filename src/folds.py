@@ -1,0 +1,143 @@
+"""STAGE 1: train_metadata.csv -> folds/<name>.csv (filename, fold; -1 = always in training) and its audit."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import pandas as pd
+import tyro
+
+from . import audio
+from .console import UserError, progress, say, stage
+from .metadata import Metadata, copy_groups, joined, read_csv, read_metadata, targets
+from .storage import write_text
+
+STRATEGIES = ("multilabel", "author")
+
+
+@dataclass(frozen=True)
+class FoldSettings:
+    data: tuple[Path, ...] = (Path("input/birdclef-2023"),)
+    """Folders in BirdCLEF's layout; only the first is split, further ones are always in training."""
+    out: Path = Path("folds/birdclef-2023.csv")
+    """The fold table; <out>.audit.md and <out>.audit.png are written beside it."""
+    metadata: Path | None = None
+    """Another table in train_metadata.csv's columns; duration_s is used where it has it."""
+    strategy: Literal["multilabel", "author"] = "multilabel"
+    """multilabel balances primary and secondary labels; author keeps each recordist on one side."""
+    n_folds: int = 5
+    seed: int = 0
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Replace an existing table of another split (trained runs rely on it)."""
+
+
+def assign_folds(table: pd.DataFrame, *, strategy: str, n_folds: int, seed: int) -> np.ndarray:
+    """(n,) the fold in which each recording is held out, or -1: always in training.
+
+    Copies of a recording stay together. Species with fewer recordings than folds are always in training, and with
+    them their recordings' copies; so, under `author`, are species that would otherwise miss from some fold's training.
+    """
+    if not 2 <= n_folds <= len(table):
+        raise UserError(f"--n-folds {n_folds}: between 2 and the number of recordings ({len(table)})")
+    counts = table.primary_label.map(table.primary_label.value_counts())
+    rare = pd.Series((counts < n_folds).to_numpy()).groupby(table.copy_group.to_numpy()).transform("any").to_numpy()
+    folds = np.full(len(table), -1)
+    split = _by_labels if strategy == "multilabel" else _by_author
+    if (~rare).any():
+        folds[~rare] = split(table[~rare], n_folds, seed)
+    if strategy == "author":  # a species that one fold holds whole would not be trained on there
+        whole = pd.Series(folds).groupby(table.primary_label.to_numpy()).transform("nunique").to_numpy() == 1
+        in_group = pd.Series(whole).groupby(table.copy_group.to_numpy()).transform("any").to_numpy()
+        folds[in_group] = -1
+    return folds
+
+
+def _by_labels(table: pd.DataFrame, n_folds: int, seed: int) -> np.ndarray:
+    """MultilabelStratifiedKFold (iterative-stratification) over one representative of each group of copies."""
+    from iterstrat.ml_stratifiers import MultilabelStratifiedKFold
+
+    classes = sorted(table.primary_label.unique())
+    labels, _ = targets(table, classes, "hard")
+    groups, representative, group_of = np.unique(table.copy_group, return_index=True, return_inverse=True)
+    of_group = np.zeros((len(groups), len(classes)), np.float32)
+    np.maximum.at(of_group, group_of, labels)
+    order = np.argsort(representative)  # in the order of the metadata, whatever the numbers of the groups
+    fold_of_group = np.empty(len(groups), int)
+    splitter = MultilabelStratifiedKFold(n_splits=n_folds, shuffle=True, random_state=seed)
+    for fold, (_, held_out) in enumerate(splitter.split(order, of_group[order].astype(int))):
+        fold_of_group[order[held_out]] = fold
+    return fold_of_group[group_of]
+
+
+def _by_author(table: pd.DataFrame, n_folds: int, seed: int) -> np.ndarray:
+    """StratifiedGroupKFold (scikit-learn) over the primary label; groups join a recordist's recordings and copies."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    # An unknown recordist is nobody's second recording: such a recording is a group of its own.
+    recordist = np.where(table.author == "", "\0" + table.filename, table.author)
+    groups = joined(recordist, table.copy_group)
+    folds = np.empty(len(table), int)
+    splitter = StratifiedGroupKFold(n_splits=n_folds, shuffle=True, random_state=seed)
+    for fold, (_, held_out) in enumerate(splitter.split(table, table.primary_label, groups)):
+        folds[held_out] = fold
+    return folds
+
+
+def with_durations(metadata: Metadata) -> Metadata:
+    """Fills in duration_s from the recordings' headers where the table lacks it and the audio is there: finds copies.
+
+    A length that one in fifty recordings shares is one they were cut to, and says nothing: it stays unknown.
+    """
+    table = metadata.table.copy()
+    todo = table.index[table.duration_s.isna()]
+    if not len(todo) or not Path(table.path[todo[0]]).exists():
+        return metadata
+    seconds = pd.Series(np.nan, todo)
+    for row in progress(todo, what="reading durations", unit="file"):
+        try:
+            seconds[row] = audio.read_header(table.path[row]).seconds
+        except audio.DamagedAudio:
+            continue  # the cache lists it
+    table.loc[todo, "duration_s"] = seconds.where(seconds.map(seconds.value_counts()) < max(3, len(table) / 50))
+    return Metadata(table.assign(copy_group=copy_groups(table)), metadata.classes)
+
+
+def read_folds(file: Path | str) -> dict[str, int]:
+    """filename -> fold. Raises UserError for a table that `src.folds` did not write."""
+    table = read_csv(file)
+    if table.columns.tolist() != ["filename", "fold"] or not table.fold.str.fullmatch(r"-1|\d+").all():
+        raise UserError(f"{file}: not a fold table with the columns filename,fold; make it with python -m src.folds")
+    if table.filename.duplicated().any():
+        raise UserError(f"{file}: {table.filename[table.filename.duplicated()].iloc[0]} stands there twice")
+    return dict(zip(table.filename, table.fold.astype(int)))
+
+
+@stage
+def main(argv: list[str] | None = None) -> None:
+    from .folds_audit import write_audit
+
+    settings = tyro.cli(FoldSettings, args=argv, prog="python -m src.folds", description=__doc__)
+    metadata = read_metadata(settings.data[:1], settings.metadata)
+    say(f"{len(metadata.table)} recordings, {len(metadata.classes)} classes, {settings.n_folds} folds by {settings.strategy}")
+    metadata = with_durations(metadata)
+    table = metadata.table
+    by_strategy = {
+        strategy: assign_folds(table, strategy=strategy, n_folds=settings.n_folds, seed=settings.seed)
+        for strategy in STRATEGIES
+    }
+    text = pd.DataFrame({"filename": table.filename, "fold": by_strategy[settings.strategy]}).to_csv(
+        index=False, lineterminator="\n")
+    if settings.out.exists() and settings.out.read_text(encoding="utf-8") != text and not settings.overwrite:
+        raise UserError(f"{settings.out} holds another split, which trained runs may rely on; "
+                        "name another --out, or replace it with --overwrite")
+    write_text(settings.out, text)
+    audit = write_audit(table, by_strategy, chosen=settings.strategy, n_folds=settings.n_folds, out=settings.out)
+    say(f"wrote {settings.out}, {', '.join(map(str, audit))}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""The first layer of every model: float32 dB in, a normalised square image out."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import AudioConfig
+
+DYNAMIC_RANGE = 80.0  # dB below the window's loudest cell that are told apart, as librosa's top_db
+EXPECTED_MEAN, EXPECTED_STD = -42.0, 17.0  # dB, of 247 real bird recordings: the `fixed` normalisation
+
+
+class LogMelInput(nn.Module):
+    """(B, 1, n_mels, window_frames) dB -> (B, 1, side, side), normalised; the paper's 224 x 224 input.
+
+    `window` normalises each window by its own mean and standard deviation, 80 dB below its peak and up: a
+    recorder's gain does not matter. `fixed` subtracts and divides by constants. The resize is bilinear with
+    antialiasing (as PIL's, and torch's interpolate(antialias=True)), written as two fixed matrices, since the
+    exported graph has no operator for it.
+    """
+
+    def __init__(self, audio: AudioConfig, side: int, norm: str) -> None:
+        super().__init__()
+        self.norm = norm
+        self.register_buffer("rows", _resize_matrix(audio.n_mels, side), persistent=False)
+        self.register_buffer("columns", _resize_matrix(audio.window_frames, side).T.contiguous(), persistent=False)
+
+    def forward(self, log_mel: Tensor) -> Tensor:
+        with torch.autocast(log_mel.device.type, enabled=False):
+            x = log_mel.float()
+            if self.norm == "window":
+                x = torch.maximum(x, x.amax((2, 3), keepdim=True) - DYNAMIC_RANGE)
+                x = x - x.mean((2, 3), keepdim=True)
+                x = x / (x.square().mean((2, 3), keepdim=True).sqrt() + 1.0)  # + 1 dB: silence stays zero
+            else:
+                x = (x - EXPECTED_MEAN) / EXPECTED_STD
+            return self.rows @ x @ self.columns
+
+
+def _resize_matrix(size: int, side: int) -> Tensor:
+    """(side, size): the weights with which `size` samples are resized to `side`."""
+    identity = torch.eye(size)[None, None]
+    return F.interpolate(identity, size=(side, size), mode="bilinear", antialias=True, align_corners=False)[0, 0]

@@ -1,0 +1,85 @@
+"""Files that are whole or absent: atomic writing, one owner per folder, digests."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .console import UserError
+
+
+@contextlib.contextmanager
+def atomic(path: Path | str) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it is flushed to disk and takes the final name.
+
+    On any failure, a full disk included, the final name is untouched and the temporary file is gone.
+    The temporary name is fixed, so what a killed process left is overwritten by the next run.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename in `folder` survive a power cut (POSIX; elsewhere the rename alone has to do)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def sha256(path: Path | str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def owned(folder: Path | str) -> Iterator[None]:
+    """Holds `folder` for this process; a second process is refused while the first lives (the kernel frees the lock)."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{folder} is in use by another process; wait for it, or name another folder") from None
+    except OSError as error:
+        raise UserError(f"cannot use {folder}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def safe_cell(text: str) -> str:
+    """A text cell for a table that people open: a leading = + - @ would run as a formula in a spreadsheet."""
+    return "'" + text if text[:1] in tuple("=+-@\t\r") else text

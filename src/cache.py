@@ -11,16 +11,17 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+
 
 import numpy as np
 import pandas as pd
-import tyro
+
 
 from . import audio
 from .config import AudioConfig, differences
 from .console import UserError, progress, say, stage
 from .metadata import read_csv, read_metadata
+from .settings import parse
 from .storage import atomic, owned, safe_cell, sha256, sync_folder, write_json, write_text
 
 DATA, INDEX, HEADER, DAMAGED, JOURNAL = "log_mels.u8", "index.csv", "cache.json", "damaged.csv", "journal.partial"
@@ -37,9 +38,9 @@ class CacheSettings:
     """Another table in train_metadata.csv's columns for the first folder."""
     workers: int = 0
     """Processes; 0: one a core."""
-    restart: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    restart: bool = False
     """Begin anew, also where the folder holds a cache of another recipe or of other recordings."""
-    verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    verify: bool = False
     """Only read everything back and compare it with its checksums."""
     audio: AudioConfig = field(default_factory=AudioConfig)
 
@@ -231,7 +232,7 @@ def _finish(out: Path, partial: Path, entries: list[dict], plan: dict) -> None:
 
 @stage
 def main(argv: list[str] | None = None) -> int:
-    settings = tyro.cli(CacheSettings, args=argv, prog="python -m src.cache", description=__doc__)
+    settings = parse(CacheSettings, argv, prog="python -m src.cache", description=__doc__)
     if settings.verify:
         cache = Cache(settings.out)
         broken = cache.verify()

@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
-import tyro
+
 
 from . import audio
 from .console import UserError, progress, say, stage
 from .metadata import Metadata, copy_groups, joined, read_csv, read_metadata, targets
+from .settings import parse
 from .storage import write_text
 
 STRATEGIES = ("multilabel", "author")
@@ -31,7 +32,7 @@ class FoldSettings:
     """multilabel balances primary and secondary labels; author keeps each recordist on one side."""
     n_folds: int = 5
     seed: int = 0
-    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    overwrite: bool = False
     """Replace an existing table of another split (trained runs rely on it)."""
 
 
@@ -120,7 +121,7 @@ def read_folds(file: Path | str) -> dict[str, int]:
 def main(argv: list[str] | None = None) -> None:
     from .folds_audit import write_audit
 
-    settings = tyro.cli(FoldSettings, args=argv, prog="python -m src.folds", description=__doc__)
+    settings = parse(FoldSettings, argv, prog="python -m src.folds", description=__doc__)
     metadata = read_metadata(settings.data[:1], settings.metadata)
     say(f"{len(metadata.table)} recordings, {len(metadata.classes)} classes, {settings.n_folds} folds by {settings.strategy}")
     metadata = with_durations(metadata)

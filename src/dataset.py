@@ -1,0 +1,162 @@
+"""Metadata + folds + cache -> training crops (augmented, uint8) and the windows of held-out recordings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from . import audio
+from .audio import DamagedAudio
+from .augment import AugmentSettings, SpecAugment, WaveformAugment
+from .cache import Cache
+from .config import AudioConfig
+
+SCORED_SECONDS = 60.0  # of a held-out recording
+
+Key = tuple[int, int, int]  # epoch, place in the epoch, row of the table: all that an item's draws depend on
+
+
+class Crops(Dataset):
+    """Random windows of the training recordings. Fetches whole batches: DataLoader(collate_fn=as_is).
+
+    A batch: crop (B, frames, n_mels) uint8; target and weight (B, n_classes) float32; row (B,) int64.
+    """
+
+    def __init__(self, table: pd.DataFrame, cache: Cache, target: np.ndarray, weight: np.ndarray, *,
+                 settings: AugmentSettings, noise: Path | None, seed: int) -> None:
+        self.names, self.paths = table.filename.tolist(), table.path.tolist()
+        self.cache, self.target, self.weight = cache, target, weight
+        self.settings, self.seed = settings, seed
+        self.spec_augment = SpecAugment(settings)
+        self.waveform_augment = None
+        if settings.waveform_probability > 0 and (noise is not None or settings.gain_db):
+            self.waveform_augment = WaveformAugment(settings, noise, cache.config.sample_rate)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitems__(self, keys: Sequence[Key]) -> dict[str, Tensor]:
+        rows = np.array([row for _, _, row in keys])
+        return {
+            "crop": torch.from_numpy(np.stack([self.crop(*key) for key in keys])),
+            "target": torch.from_numpy(self.target[rows]),
+            "weight": torch.from_numpy(self.weight[rows]),
+            "row": torch.from_numpy(rows),
+        }
+
+    def crop(self, epoch: int, place: int, row: int) -> np.ndarray:
+        """(window_frames, n_mels) uint8: the same for the same arguments, whatever the worker."""
+        rng = np.random.default_rng((self.seed, epoch, place))
+        name, n_window = self.names[row], self.cache.config.window_frames
+        n_frames = self.cache.n_frames(name)
+        start = int(rng.integers(max(1, n_frames - n_window + 1) if n_frames > n_window else n_frames))
+        if self.waveform_augment is not None and rng.random() < self.settings.waveform_probability:
+            crop = self.waveform_crop(row, start, rng)
+        elif n_frames >= n_window:
+            crop = self.cache.read(name, start, n_window)
+        else:
+            crop = wrap(self.cache.read(name), start, n_window)
+        return self.spec_augment(crop, rng)
+
+    def waveform_crop(self, row: int, start: int, rng: np.random.Generator | None) -> np.ndarray:
+        """The same window from the audio file, augmented before the log-mel (without `rng`: not augmented).
+
+        The stretch is read with half an n_fft of context on both sides and padded where the recording ends, so
+        that its frames are the cache's own.
+        """
+        config, n_window = self.cache.config, self.cache.config.window_frames
+        n_frames = self.cache.n_frames(self.names[row])
+        first, n = (start, n_window) if n_frames >= n_window else (0, n_frames)
+        left = first * config.hop_length - config.n_fft // 2
+        right = left + (n - 1) * config.hop_length + config.n_fft
+        try:
+            stretch = audio.read_stretch(self.paths[row], max(0, left), right, config)
+        except DamagedAudio as error:
+            raise RuntimeError(f"{self.paths[row]} was readable when it was cached, and is not now: {error}") from error
+        if rng is not None:
+            stretch = self.waveform_augment(stretch, rng)
+        padded = np.pad(stretch, (max(0, -left), right - max(0, left) - len(stretch)))
+        crop = audio.to_uint8(audio.frames_to_log_mel(padded, config), config).T
+        return crop if n == n_window else wrap(crop, start, n_window)
+
+
+def wrap(spectrogram: np.ndarray, start: int, n_frames: int) -> np.ndarray:
+    """(frames, n_mels) -> (n_frames, n_mels): a short recording, repeated from frame `start` on."""
+    return spectrogram[(start + np.arange(n_frames)) % len(spectrogram)]
+
+
+class BalancedSampler(Sampler):
+    """Batches of keys; a recording is drawn with a probability in proportion to `share` (n,), with replacement.
+
+    An epoch is as many crops as there are recordings, to the nearest full batch. Everything follows from
+    (seed, epoch): set `epoch` before iterating.
+    """
+
+    def __init__(self, share: np.ndarray, batch_size: int, seed: int) -> None:
+        self.share, self.seed, self.epoch = share / share.sum(), seed, 0
+        self.batch_size = min(batch_size, len(share))
+        self.n_batches = max(1, round(len(share) / self.batch_size))
+
+    def __len__(self) -> int:
+        return self.n_batches
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        rows = rng.choice(len(self.share), self.n_batches * self.batch_size, p=self.share)
+        keys = [(self.epoch, place, int(row)) for place, row in enumerate(rows)]
+        for first in range(0, len(keys), self.batch_size):
+            yield keys[first : first + self.batch_size]
+
+
+def sampling_share(table: pd.DataFrame, *, power: float, use_rating: bool) -> np.ndarray:
+    """(n,) how often a recording is drawn: (class count / all)^-power, times rating / 5 where asked (0 = not rated: the mean)."""
+    counts = table.primary_label.map(table.primary_label.value_counts()).to_numpy()
+    share = (counts / len(table)) ** -power
+    if use_rating:
+        rating = table.rating.where(table.rating > 0)
+        share = share * (rating.fillna(rating.mean()).fillna(5.0) / 5.0).to_numpy()
+    return share
+
+
+class HeldOutWindows(Dataset):
+    """The consecutive windows of recordings' first minute (or only each one's first): (window uint8, place in the table).
+
+    A recording's number of windows follows the rows of a soundscape: max(1, round(seconds / window_seconds)).
+    The last one is padded with silence; a recording shorter than a window is repeated.
+    """
+
+    def __init__(self, names: Sequence[str], cache: Cache, *, only_first: bool = False) -> None:
+        self.names, self.cache = list(names), cache
+        config = cache.config
+        self.places = []
+        for place, name in enumerate(self.names):
+            seconds = min(SCORED_SECONDS, cache.n_frames(name) / config.frames_per_second)
+            n = 1 if only_first else max(1, round(seconds / config.window_seconds))
+            self.places += [(place, number * config.window_frames) for number in range(n)]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, int]:
+        place, start = self.places[item]
+        n = self.cache.config.window_frames
+        window = self.cache.read(self.names[place], start, n)
+        if len(window) < n and start == 0:
+            window = wrap(window, 0, n)
+        window = np.pad(window, ((0, n - len(window)), (0, 0)))  # 0 is db_min: silence
+        return torch.from_numpy(window.copy()), place
+
+
+def as_is(batch: dict) -> dict:
+    return batch
+
+
+def to_log_mel(crops: Tensor, config: AudioConfig) -> Tensor:
+    """(B, frames, n_mels) uint8 -> (B, 1, n_mels, frames) float32 dB, on the crops' device."""
+    return (crops.transpose(1, 2).unsqueeze(1).float() * config.db_step + config.db_min).contiguous()

@@ -1,0 +1,135 @@
+"""padded cmAP, macro AP, macro ROC-AUC, LRAP and top-1, each with a bootstrap interval over the scored rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import rankdata
+
+PADDING_ROWS = 5  # BirdCLEF 2023's padded cmAP
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric with its 95 % bootstrap interval; NaN where no row or class can be scored."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def per_class(target: np.ndarray, probability: np.ndarray, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Average precision and ROC-AUC of every class under every column of row weights.
+
+    target (n, C) of 0/1, probability (n, C), weights (n, R) (default: one column of ones) -> two arrays (C, R).
+    Equal scores are one threshold, as in scikit-learn; NaN where a class has no positive (or, for the AUC, no negative).
+    """
+    n, n_classes = target.shape
+    weights = np.ones((n, 1), np.float32) if weights is None else np.asarray(weights, np.float32)
+    precision = np.full((n_classes, weights.shape[1]), np.nan)
+    auc = precision.copy()
+    total = weights.sum(axis=0, dtype=np.float64)
+    for c in range(n_classes):
+        positive = np.flatnonzero(target[:, c] > 0.5)
+        if not len(positive):
+            continue
+        order = np.argsort(-probability[:, c], kind="stable")
+        score = probability[order, c]
+        # Only the thresholds at which there is a positive matter: [start, end) of each such group of equal scores.
+        thresholds = np.unique(-probability[positive, c])
+        start, end = np.searchsorted(-score, thresholds, "left"), np.searchsorted(-score, thresholds, "right")
+        edges = np.unique(np.concatenate([[0], start, end]))
+        sums = np.add.reduceat(weights[order], edges[edges < n], axis=0).astype(np.float64)
+        before = np.concatenate([np.zeros((1, weights.shape[1])), np.cumsum(sums, axis=0)])  # weight ahead of each edge
+        ahead, reached = before[np.searchsorted(edges, start)], before[np.searchsorted(edges, end)]
+        hits = np.zeros((len(thresholds), weights.shape[1]))  # positive weight at each threshold
+        np.add.at(hits, np.searchsorted(thresholds, -probability[positive, c]), weights[positive])
+        hits_reached = np.cumsum(hits, axis=0)
+        all_hits, negatives = hits_reached[-1], total - hits_reached[-1]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            share = np.where(reached > 0, hits_reached / reached, 0.0)  # precision at each threshold
+            precision[c] = (hits * share).sum(axis=0) / all_hits
+            tied = (reached - ahead) - hits
+            below = negatives - (reached - hits_reached) + 0.5 * tied
+            auc[c] = (hits * below).sum(axis=0) / (all_hits * negatives)
+    return precision, auc
+
+
+def padded_cmap(target: np.ndarray, probability: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """(R,) BirdCLEF 2023's metric: macro AP over all classes after five rows of ones in truth and prediction."""
+    weights = np.ones((len(target), 1), np.float32) if weights is None else weights
+    ones = np.ones((PADDING_ROWS, target.shape[1]))
+    precision, _ = per_class(np.vstack([target, ones]), np.vstack([probability, ones]),
+                             np.vstack([weights, np.ones((PADDING_ROWS, weights.shape[1]))]))
+    return precision.mean(axis=0)
+
+
+def top1(target: np.ndarray, probability: np.ndarray) -> np.ndarray:
+    """(n,) 1 where the highest probability is a positive; NaN for rows without a label."""
+    hit = target[np.arange(len(target)), probability.argmax(axis=1)] > 0.5
+    return np.where(target.max(axis=1, initial=0) > 0.5, hit.astype(float), np.nan)
+
+
+def ranking_precision(target: np.ndarray, probability: np.ndarray) -> np.ndarray:
+    """(n,) label-ranking average precision of each row (its mean is scikit-learn's LRAP); NaN for rows without a label."""
+    rank = rankdata(-probability, method="max", axis=1)
+    values = np.full(len(target), np.nan)
+    for row in np.flatnonzero(target.max(axis=1, initial=0) > 0.5):
+        ranks = rank[row, target[row] > 0.5]
+        values[row] = np.mean(rankdata(ranks, method="max") / ranks)
+    return values
+
+
+def score(target: np.ndarray, probability: np.ndarray, *, resamples: int = 200, seed: int = 0) -> dict[str, Estimate]:
+    """All metrics of (n, C) probabilities against 0/1 targets, with 95 % intervals from `resamples` bootstraps of the rows.
+
+    Macro AP and ROC-AUC run over the classes with a positive among the rows, padded cmAP over all classes,
+    LRAP and top-1 over the rows with a label.
+    """
+    n = len(target)
+    rng = np.random.default_rng(seed)
+    weights = np.ones((n, 1 + resamples), np.float32)  # the first column is the sample itself
+    for column in range(1, 1 + resamples):
+        weights[:, column] = np.bincount(rng.integers(n, size=n), minlength=n)
+    precision, auc = per_class(target, probability, weights)
+    return {
+        "padded_cmap": _estimate(padded_cmap(target, probability, weights)),
+        "macro_ap": _estimate(_mean_known(precision)),
+        "macro_roc_auc": _estimate(_mean_known(auc)),
+        "lrap": _estimate(_row_mean(ranking_precision(target, probability), weights)),
+        "top1": _estimate(_row_mean(top1(target, probability), weights)),
+    }
+
+
+def _mean_known(values: np.ndarray) -> np.ndarray:
+    """(C, R) -> (R,) the mean over the classes that are not NaN; NaN where none is."""
+    known = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, values, 0).sum(axis=0) / known.sum(axis=0)
+
+
+def _row_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    known = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        return values[known] @ weights[known] / weights[known].sum(axis=0)
+
+
+def _estimate(values: np.ndarray) -> Estimate:
+    resampled = values[1:][np.isfinite(values[1:])]
+    if not len(resampled):
+        return Estimate(float(values[0]), float("nan"), float("nan"))
+    # Resampling repeats rows, which lifts an average precision a little: the spread is put around the value itself.
+    low, high = np.clip(values[0] + np.percentile(resampled, [2.5, 97.5]) - resampled.mean(), 0, 1)
+    return Estimate(float(values[0]), float(low), float(high))
+
+
+def mean_over(folds: Sequence[dict[str, Estimate]]) -> dict[str, tuple[float, float]]:
+    """Each metric's mean and standard deviation over the folds."""
+    return {name: (float(np.mean([fold[name].value for fold in folds])),
+                   float(np.std([fold[name].value for fold in folds], ddof=1)) if len(folds) > 1 else float("nan"))
+            for name in folds[0]}

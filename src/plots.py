@@ -1,0 +1,116 @@
+"""The pictures beside the numbers, as PNG: spectrogram grids, training curves, per-class charts, prediction timelines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .config import AudioConfig
+from .storage import atomic
+
+
+def save(figure: Figure, path: Path, dpi: int = 100) -> None:
+    with atomic(path) as partial:
+        figure.savefig(partial, dpi=dpi, format="png")
+
+
+def draw_spectrogram(axes: Axes, log_mel: np.ndarray, config: AudioConfig, seconds: float | None = None) -> None:
+    """(n_mels, frames) dB; the contrast spans the 5th percentile to the peak."""
+    seconds = seconds or log_mel.shape[1] / config.frames_per_second
+    low, high = np.percentile(log_mel, 5), log_mel.max()
+    axes.imshow(log_mel, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, config.n_mels),
+                vmin=low, vmax=max(high, low + 1), interpolation="nearest")
+    hertz = np.array([500, 1000, 2000, 4000, 8000])
+    axes.set_yticks(np.interp(_mel(hertz), np.linspace(_mel(config.fmin), _mel(config.fmax), config.n_mels + 2),
+                              np.arange(-1.0, config.n_mels + 1)) + 0.5, [f"{h / 1000:g}k" for h in hertz])
+
+
+def _mel(hertz: np.ndarray | float) -> np.ndarray:
+    """Slaney's mel scale: linear to 1 kHz, logarithmic above."""
+    hertz = np.asarray(hertz, float)
+    return np.where(hertz < 1000, hertz * 3 / 200, 15 + 27 * np.log(np.maximum(hertz, 1000) / 1000) / np.log(6.4))
+
+
+def spectrogram_grid(path: Path, log_mels: Sequence[np.ndarray], titles: Sequence[str], config: AudioConfig, heading: str) -> None:
+    """A grid of at most 16 windows with a title each."""
+    log_mels, columns = log_mels[:16], 4
+    rows = -(-len(log_mels) // columns)
+    figure = Figure(figsize=(4 * columns, 2.4 * rows + 0.5), layout="constrained")
+    figure.suptitle(heading)
+    for axes, log_mel, title in zip(figure.subplots(rows, columns, squeeze=False).flat, log_mels, titles):
+        draw_spectrogram(axes, log_mel, config)
+        axes.set_title(title, fontsize=9)
+    for axes in figure.axes[len(log_mels) :]:
+        axes.set_axis_off()
+    save(figure, path)
+
+
+def curves(path: Path, history: pd.DataFrame, heading: str) -> None:
+    """Loss, held-out scores and learning rate over the epochs."""
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    figure.suptitle(heading)
+    loss, scores, rate = figure.subplots(1, 3)
+    loss.plot(history.epoch, history.train_loss, label="training (augmented)")
+    loss.plot(history.epoch, history.valid_loss, label="held out")
+    loss.set(xlabel="epoch", title="binary cross-entropy", yscale="log")
+    scores.plot(history.epoch, history.valid_top1, label="top-1")
+    scores.plot(history.epoch, history.valid_macro_ap, label="macro AP")
+    scores.set(xlabel="epoch", title="held out, first window of each recording", ylim=(0, 1))
+    rate.plot(history.epoch, history.learning_rate, color="C2")
+    rate.set(xlabel="epoch", title="learning rate at the epoch's end")
+    for axes in (loss, scores):
+        axes.legend()
+    save(figure, path)
+
+
+def per_class_chart(path: Path, table: pd.DataFrame, heading: str) -> None:
+    """AP of every class, best to worst, and against its number of recordings. Columns: primary_label, ap, recordings."""
+    table = table.dropna(subset="ap").sort_values("ap", ascending=False)
+    figure = Figure(figsize=(14, 4.5), layout="constrained")
+    figure.suptitle(heading)
+    bars, scatter = figure.subplots(1, 2, width_ratios=(3, 1))
+    bars.bar(range(len(table)), table.ap, width=0.9)
+    if len(table) <= 60:
+        bars.set_xticks(range(len(table)), table.primary_label, rotation=90, fontsize=8)
+    bars.axhline(table.ap.mean(), color="C1", label=f"macro AP {table.ap.mean():.3f}")
+    bars.set(ylabel="average precision", ylim=(0, 1), xlabel="" if len(table) <= 60 else f"{len(table)} classes, best to worst")
+    bars.legend()
+    scatter.scatter(table.recordings, table.ap, s=12)
+    scatter.set(xlabel="recordings of the class", ylabel="average precision", ylim=(0, 1), xscale="log")
+    save(figure, path)
+
+
+def timeline(path: Path, log_mel: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], config: AudioConfig, *,
+             row_seconds: float, heading: str, truth: np.ndarray | None = None, n_species: int = 10) -> None:
+    """Spectrogram above, the most likely species' probabilities below, and known presences (rows, classes) as outlines."""
+    interest = probabilities.max(axis=0) + (0 if truth is None else 2 * truth.max(axis=0))
+    shown = np.argsort(-interest, kind="stable")[: min(n_species, len(classes))]
+    seconds = len(probabilities) * row_seconds
+    figure = Figure(figsize=(14, 3 + 0.28 * len(shown)), layout="constrained")
+    figure.suptitle(heading)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 0.28 * len(shown)))
+    step = max(1, log_mel.shape[1] // 2000)  # as many columns as a screen shows
+    draw_spectrogram(top, log_mel[:, ::step], config, log_mel.shape[1] / config.frames_per_second)
+    top.set_ylabel("Hz")
+    image = bottom.imshow(probabilities[:, shown].T, aspect="auto", cmap="Greens", vmin=0, vmax=1, interpolation="nearest",
+                          extent=(0, seconds, len(shown) - 0.5, -0.5))
+    if truth is not None:
+        for line, species in enumerate(shown):
+            for row in np.flatnonzero(truth[:, species] > 0.5):
+                bottom.add_patch(_outline(row * row_seconds, line - 0.5, row_seconds))
+        bottom.set_title("red outline: the species is there", fontsize=9, loc="left")
+    bottom.set(xlabel="seconds", xlim=(0, seconds), yticks=range(len(shown)))
+    bottom.set_yticklabels([classes[species] for species in shown], fontsize=8)
+    figure.colorbar(image, ax=[top, bottom], label="probability", shrink=0.6)
+    save(figure, path)
+
+
+def _outline(left: float, bottom: float, width: float):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((left, bottom), width, 1, fill=False, edgecolor="C3", linewidth=1.5)

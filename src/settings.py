@@ -1,0 +1,71 @@
+"""Settings dataclasses <-> command-line flags (tyro) <-> flat YAML recipes; flags beat files."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+from .console import UserError
+
+T = TypeVar("T")
+STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+
+
+def parse(cls: type[T], argv: list[str] | None, *, prog: str, description: str) -> T:
+    """An instance from flags; `--config FILE` gives a recipe (or a run's config.yaml), turned into flags before them."""
+    import sys
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    defaults = flatten(cls())
+    recipe: dict[str, Any] = {}
+    while "--config" in argv:
+        place = argv.index("--config")
+        if place + 1 >= len(argv):
+            raise UserError("--config needs a file")
+        recipe |= read_recipe(argv[place + 1], defaults)
+        del argv[place : place + 2]
+    given = {word.split("=")[0] for word in argv}
+    words: list[str] = []
+    for key, value in recipe.items():
+        flag = "--" + key.replace("_", "-")
+        if flag in given or value == defaults[key]:
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else "--no-" + flag[2:])
+        else:
+            words += [flag, *(map(str, value) if isinstance(value, (list, tuple)) else [str(value)])]
+    return tyro.cli(cls, args=words + argv, prog=prog, config=STYLE,
+                    description=description + " `--config FILE` reads settings from YAML first.")
+
+
+def read_recipe(file: str | Path, known: dict[str, Any]) -> dict[str, Any]:
+    """A flat YAML mapping `setting: value`, or the `settings` of a run's config.yaml; unknown keys are refused."""
+    try:
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: not a readable YAML file: {error}") from error
+    values = values.get("settings", values) if isinstance(values, dict) else values
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: not a mapping `setting: value`")
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise UserError(f"{file}: unknown setting(s) {', '.join(unknown)}; --help lists them all")
+    return values
+
+
+def flatten(settings: Any) -> dict[str, Any]:
+    """Nested dataclasses -> one flat dict of plain values that YAML can hold and `parse` can read."""
+    flat: dict[str, Any] = {}
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if is_dataclass(value):
+            flat |= flatten(value)
+        elif isinstance(value, (list, tuple)):
+            flat[field.name] = [str(item) if isinstance(item, Path) else item for item in value]
+        else:
+            flat[field.name] = str(value) if isinstance(value, Path) else value
+    return flat

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -152,31 +152,33 @@ def frames_to_log_mel(padded: np.ndarray, config: AudioConfig) -> np.ndarray:
     return log_mel
 
 
-def stream_log_mel(blocks: Iterable[np.ndarray], config: AudioConfig) -> Iterator[np.ndarray]:
+class LogMelStream:
     """Waveform blocks -> log-mel blocks (n_mels, n): together `log_mel` of the whole waveform, in bounded memory."""
-    half = config.n_fft // 2
-    rest = np.zeros(half, np.float32)  # centred frames: half an n_fft of zeros on either side
-    for block in _and_last(blocks, np.zeros(half, np.float32)):
-        rest = np.concatenate([rest, block])
-        if len(rest) >= config.n_fft:
-            log_mel = frames_to_log_mel(rest, config)
-            yield log_mel
-            rest = rest[log_mel.shape[1] * config.hop_length :]
 
+    def __init__(self, config: AudioConfig) -> None:
+        self.config = config
+        self._rest = np.zeros(config.n_fft // 2, np.float32)  # centred frames: half an n_fft of zeros on either side
 
-def _and_last(blocks: Iterable[np.ndarray], last: np.ndarray) -> Iterator[np.ndarray]:
-    yield from blocks
-    yield last
+    def push(self, block: np.ndarray) -> np.ndarray:
+        """The frames that the block completes, (n_mels, n), n >= 0."""
+        rest = np.concatenate([self._rest, block])
+        if len(rest) < self.config.n_fft:
+            self._rest = rest
+            return np.empty((self.config.n_mels, 0), np.float32)
+        frames = frames_to_log_mel(rest, self.config)
+        self._rest = rest[frames.shape[1] * self.config.hop_length :]
+        return frames
+
+    def finish(self) -> np.ndarray:
+        """The last frames, once no more blocks come."""
+        return self.push(np.zeros(self.config.n_fft // 2, np.float32))
 
 
 def log_mel(waveform: np.ndarray, config: AudioConfig) -> np.ndarray:
     """(n_samples,) float32 -> (n_mels, 1 + n_samples // hop_length) float32 dB, as librosa's melspectrogram
     (centred, zero padding, power 2, Slaney scale and norm) in 10 log10(x + 1e-10)."""
-    return np.concatenate(list(stream_log_mel([waveform], config)), axis=1)
-
-
-def n_frames_of(n_samples: int, config: AudioConfig) -> int:
-    return 1 + n_samples // config.hop_length
+    stream = LogMelStream(config)
+    return np.concatenate([stream.push(waveform), stream.finish()], axis=1)
 
 
 def read_stretch(path: Path | str, start: int, stop: int, config: AudioConfig) -> np.ndarray:
@@ -200,13 +202,6 @@ def read_stretch(path: Path | str, start: int, stop: int, config: AudioConfig) -
             return block[: stop - start]
     except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
         raise DamagedAudio(_cause(path, error)) from error
-
-
-def cut_window(spectrogram: np.ndarray, start: int, n_frames: int, config: AudioConfig) -> np.ndarray:
-    """Frames [start, start + n_frames) of (n_mels, frames); what lies beyond the end is silence."""
-    window = spectrogram[:, start : start + n_frames]
-    missing = n_frames - window.shape[1]
-    return np.pad(window, ((0, 0), (0, missing)), constant_values=config.db_min) if missing else window
 
 
 def to_uint8(spectrogram: np.ndarray, config: AudioConfig) -> np.ndarray:

@@ -6,6 +6,7 @@ import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -42,6 +43,8 @@ class AugmentSettings:
     """Share of the crops that are mixed with another of the batch."""
     mixup_alpha: float = 0.4
     """The mixing weight is drawn from Beta(alpha, alpha)."""
+    mixup_target: Literal["linear", "union"] = "union"
+    """The target of a mixed crop: both species present (union), or each in proportion to its weight (linear: the paper's)."""
 
 
 class WaveformAugment:

@@ -117,7 +117,8 @@ def _encode(job: tuple[str, str, AudioConfig]) -> tuple[bytes, str]:
     """One recording: its uint8 log-mel as bytes and "", or b"" and the cause of its damage. Runs in a worker."""
     name, path, config = job
     try:
-        blocks = audio.stream_log_mel(audio.read_blocks(path, config.sample_rate), config)
+        stream = audio.LogMelStream(config)
+        blocks = [stream.push(block) for block in audio.read_blocks(path, config.sample_rate)] + [stream.finish()]
         return b"".join(np.ascontiguousarray(audio.to_uint8(block, config).T).tobytes() for block in blocks), ""
     except audio.DamagedAudio as error:
         return b"", str(error)

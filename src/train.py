@@ -33,6 +33,7 @@ from .models import ModelSettings, create_model
 from .settings import flatten, parse
 from .storage import atomic, owned, write_text
 
+LN10 = math.log(10)
 GOLDEN_WINDOWS = 16  # held-out windows kept beside the weights: the export is checked on them
 
 
@@ -109,11 +110,15 @@ def optimiser_for(model: nn.Module, settings: TrainSettings) -> torch.optim.Adam
 
 
 def mix(log_mel: Tensor, target: Tensor, weight: Tensor, settings: AugmentSettings, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Mixup within the batch, in dB: inputs and targets linearly; a class masked in either crop stays masked."""
+    """Mixup within the batch. Powers are added, as in the air (a mean of decibels would fade both songs); the targets
+    are united or mixed in proportion; a class masked in either crop stays masked."""
     partner, share = (torch.from_numpy(draw).to(log_mel.device) for draw in draw_mixup(len(log_mel), settings, rng))
     rows, image = share[:, None], share[:, None, None, None]
-    mixed_weight = torch.where(rows < 1, weight * weight[partner], weight)
-    return image * log_mel + (1 - image) * log_mel[partner], rows * target + (1 - rows) * target[partner], mixed_weight
+    bels = log_mel / 10
+    other = torch.log10(1 - image + 1e-10) + bels[partner]
+    mixed = torch.where(image < 1, 10 * (torch.logaddexp(LN10 * (torch.log10(image) + bels), LN10 * other) / LN10), log_mel)
+    united = torch.maximum(target, target[partner]) if settings.mixup_target == "union" else rows * target + (1 - rows) * target[partner]
+    return mixed, torch.where(rows < 1, united, target), torch.where(rows < 1, weight * weight[partner], weight)
 
 
 def bce(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:

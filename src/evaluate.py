@@ -1,0 +1,166 @@
+"""STAGE 4: out-of-fold predictions -> runs/<run>/{metrics.md,metrics.csv,per_class.csv,per_class.png}; scores submissions."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from . import metrics, plots
+from .config import differences
+from .console import UserError, say, stage
+from .metadata import Metadata, read_csv, read_metadata, targets
+from .settings import parse
+from .storage import atomic, write_text
+from .train import comparable, read_config
+
+NAMES = {"padded_cmap": "padded cmAP", "macro_ap": "macro AP", "macro_roc_auc": "macro ROC-AUC", "lrap": "LRAP", "top1": "top-1"}
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    run: Path = Path("runs/asca")
+    data: tuple[Path, ...] = ()
+    """Where the metadata lie; by default where they lay when the run was trained."""
+    metadata: Path | None = None
+    resamples: int = 200
+    """Of the bootstrap."""
+    submission: Path | None = None
+    """Score this submission instead of a run ..."""
+    labels: Path | None = None
+    """... against this CSV of row_id and labels (separated by blanks or semicolons)."""
+
+
+def read_oof(folder: Path, classes: list[str]) -> pd.DataFrame:
+    """A fold's out-of-fold table: filename and one probability a class. Raises UserError where it is not whole."""
+    table = read_csv(folder / "oof.csv")
+    if table.columns.tolist() != ["filename", *classes]:
+        raise UserError(f"{folder / 'oof.csv'} has other columns than the run's classes; train the fold again with --restart")
+    try:
+        table[classes] = table[classes].astype(float)
+    except ValueError as error:
+        raise UserError(f"{folder / 'oof.csv'}: {error}; train the fold again with --restart") from error
+    if not np.isfinite(table[classes].to_numpy()).all():
+        raise UserError(f"{folder / 'oof.csv'} holds a probability that is not finite; train the fold again with --restart")
+    return table
+
+
+def out_of_fold(run: Path, data: tuple[Path, ...], metadata: Path | None) -> tuple[dict[int, pd.DataFrame], Metadata, dict]:
+    """Each finished fold's predictions, the metadata, and the settings that the folds share.
+
+    Raises UserError where no fold is finished, their settings differ, or a recording is held out twice.
+    """
+    folders = sorted((f for f in run.glob("fold*") if (f / "weights.safetensors").exists()), key=lambda f: int(f.name[4:]))
+    if not folders:
+        raise UserError(f"{run} holds no finished fold; train one with python -m src.train --run {run}")
+    configs = [read_config(folder) for folder in folders]
+    for folder, config in zip(folders[1:], configs[1:]):
+        changed = differences(comparable(configs[0]), comparable(config))
+        if changed:
+            raise UserError(f"{folders[0]} and {folder} were trained with different settings: {'; '.join(changed)}")
+    config = configs[0]
+    folds = {int(folder.name[4:]): read_oof(folder, config["classes"]) for folder in folders}
+    names = pd.concat([table.filename for table in folds.values()])
+    if names.duplicated().any():
+        raise UserError(f"{run}: {names[names.duplicated()].iloc[0]} is held out by two folds; they come from different fold tables")
+    settings = config["settings"]
+    read = read_metadata(data or tuple(map(Path, settings["data"])), metadata or settings["metadata"])
+    absent = names[~names.isin(read.table.filename)]
+    if len(absent) or list(read.classes) != config["classes"]:
+        raise UserError(f"{run} was trained on other metadata than {data or settings['data']}; name the right --data and --metadata")
+    return folds, read, config
+
+
+def truth_of(names: pd.Series, metadata: Metadata, config: dict) -> np.ndarray:
+    """(n, C) 0/1: the primary label, and secondary ones where the run was trained to find them (soft or hard)."""
+    secondary = config["settings"]["secondary_labels"]
+    rows = metadata.table.set_index("filename").loc[names].reset_index()
+    return targets(rows, metadata.classes, "hard" if secondary in ("soft", "hard") else "ignore")[0]
+
+
+def evaluate_run(settings: EvaluateSettings) -> None:
+    folds, metadata, config = out_of_fold(settings.run, settings.data, settings.metadata)
+    classes, by_fold = list(metadata.classes), {}
+    for fold, table in folds.items():
+        by_fold[fold] = metrics.score(truth_of(table.filename, metadata, config), table[classes].to_numpy(), resamples=settings.resamples)
+    pooled = pd.concat(folds.values(), ignore_index=True)
+    truth, probability = truth_of(pooled.filename, metadata, config), pooled[classes].to_numpy()
+    pooled_scores = metrics.score(truth, probability, resamples=settings.resamples)
+    means = metrics.mean_over(list(by_fold.values()))
+    sizes = {fold: len(table) for fold, table in folds.items()} | {"pooled": len(pooled)}
+    rows = [{"fold": fold, "recordings": sizes[fold], "metric": name, "value": e.value, "low": e.low, "high": e.high}
+            for fold, scores in {**by_fold, "pooled": pooled_scores}.items() for name, e in scores.items()]
+    with atomic(settings.run / "metrics.csv") as partial:
+        pd.DataFrame(rows).to_csv(partial, index=False, float_format="%.6f", lineterminator="\n")
+    write_text(settings.run / "metrics.md", markdown(settings.run, config, by_fold, means, pooled_scores, len(pooled)))
+    table = per_class_table(classes, metadata, truth, probability)
+    with atomic(settings.run / "per_class.csv") as partial:
+        table.to_csv(partial, index=False, float_format="%.4f", lineterminator="\n")
+    plots.per_class_chart(settings.run / "per_class.png", table, f"{settings.run.name}: out-of-fold average precision per class")
+    say(f"{len(folds)} fold(s), {len(pooled)} held-out recordings; pooled, with 95 % intervals over recordings:")
+    for name, estimate in pooled_scores.items():
+        mean, deviation = means[name]
+        say(f"  {NAMES[name]:14s} {estimate}   mean over folds {mean:.3f} +- {deviation:.3f}")
+    say(f"wrote {settings.run}/metrics.md, metrics.csv, per_class.csv, per_class.png")
+
+
+def per_class_table(classes: list[str], metadata: Metadata, truth: np.ndarray, probability: np.ndarray) -> pd.DataFrame:
+    """One row a class: its recordings (all, held out), AP and ROC-AUC (NaN without a held-out positive)."""
+    precision, auc = metrics.per_class(truth, probability)
+    counts = metadata.table.primary_label.value_counts().reindex(classes, fill_value=0)
+    return pd.DataFrame({"primary_label": classes, "recordings": counts.to_numpy(), "held_out": truth.sum(axis=0).astype(int),
+                         "ap": precision[:, 0], "roc_auc": auc[:, 0]})
+
+
+def markdown(run: Path, config: dict, by_fold: dict, means: dict, pooled: dict, n: int) -> str:
+    lines = [f"# {run.name}: out of fold", "",
+             f"`{config['settings']['model']}`, {len(by_fold)} fold(s), {n} held-out recordings. A recording's probability is the mean over its windows; "
+             "intervals are 95 % bootstraps over recordings.", "",
+             "| metric | " + " | ".join(f"fold {fold}" for fold in by_fold) + " | mean over folds | pooled |", "|---|" + "---|" * (len(by_fold) + 2)]
+    for name, title in NAMES.items():
+        cells = [f"{scores[name].value:.3f}" for scores in by_fold.values()]
+        lines.append(f"| {title} | {' | '.join(cells)} | {means[name][0]:.3f} +- {means[name][1]:.3f} | {pooled[name]} |")
+    return "\n".join([*lines, "", "![per class](per_class.png)", ""])
+
+
+def score_submission(submission: Path, labels: Path, resamples: int = 200) -> dict[str, metrics.Estimate]:
+    """A submission's scores against a CSV of row_id and labels. Raises UserError where rows or species do not fit."""
+    predicted, truth = read_csv(submission), read_csv(labels)
+    if predicted.columns[0] != "row_id" or not {"row_id", "labels"} <= set(truth.columns):
+        raise UserError(f"{submission} needs the column row_id, {labels} the columns row_id and labels")
+    absent = truth.row_id[~truth.row_id.isin(predicted.row_id)]
+    if len(absent):
+        raise UserError(f"{submission} lacks {len(absent)} of the labelled rows, {absent.iloc[0]} for one")
+    classes = predicted.columns[1:].tolist()
+    present = truth.labels.str.replace(";", " ").str.split()
+    unknown = sorted({label for row in present for label in row} - set(classes))
+    if unknown:
+        say(f"labels of no species of the submission are passed over: {', '.join(unknown[:10])}")
+    target = np.array([[label in row for label in classes] for row in present], float)
+    try:
+        probability = predicted.set_index("row_id").loc[truth.row_id, classes].astype(float).to_numpy()
+    except ValueError as error:
+        raise UserError(f"{submission}: {error}") from error
+    if not np.isfinite(probability).all():
+        raise UserError(f"{submission} holds a value that is not finite; check it with python -m src.infer --check {submission}")
+    return metrics.score(target, probability, resamples=resamples)
+
+
+@stage
+def main(argv: list[str] | None = None) -> None:
+    settings = parse(EvaluateSettings, argv, prog="python -m src.evaluate", description=__doc__)
+    if (settings.submission is None) != (settings.labels is None):
+        raise UserError("--submission and --labels go together")
+    if settings.submission is None:
+        evaluate_run(settings)
+        return
+    say(f"{settings.submission} against {settings.labels}, with 95 % intervals over rows:")
+    for name, estimate in score_submission(settings.submission, settings.labels, settings.resamples).items():
+        say(f"  {NAMES[name]:14s} {estimate}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""STAGE 5: runs/<run>/fold<k>/weights -> model.onnx (log_mel -> logits), with recipe, classes and prior; parity asserted."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import load_tensors
+from .config import AudioConfig
+from .console import UserError, say, stage
+from .dataset import to_log_mel
+from .models import ModelSettings, create_model
+from .models.asca import AscaSettings
+from .settings import parse
+from .storage import atomic, sha256, write_text
+from .train import read_config
+
+LOGIT_BOUND, PROBABILITY_BOUND = 1e-4, 1e-5  # the first times max(1, the largest logit)
+OPSET = 20
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    run: Path = Path("runs/asca")
+    fold: tuple[str, ...] = ("all",)
+    """One, several, or all that are trained."""
+
+
+def load_model(folder: Path) -> tuple[nn.Module, dict]:
+    """A fold's trained network in eval mode, and its config."""
+    config = read_config(folder)
+    settings = config["settings"]
+    pick = {name: settings[name] for cls in (ModelSettings, AscaSettings) for name in cls.__dataclass_fields__ if name in settings}
+    asca = AscaSettings(**{name: pick.pop(name) for name in AscaSettings.__dataclass_fields__ if name in pick})
+    model = create_model(settings["model"], len(config["classes"]), AudioConfig.from_dict(config["audio"]), ModelSettings(**pick, asca=asca))
+    tensors, _ = load_tensors(folder / "weights.safetensors")
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise UserError(f"{folder / 'weights.safetensors'} does not fit {folder / 'config.yaml'}: {str(error)[:300]}") from error
+    return model.eval(), config
+
+
+def write_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
+    """The graph log_mel (batch, 1, n_mels, window_frames) -> logits (batch, n_classes), one file, any batch."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own deprecations; what counts, the result, is compared below
+        torch.onnx.export(model, (example,), path, dynamo=True, opset_version=OPSET, external_data=False, verbose=False,
+                          input_names=["log_mel"], output_names=["logits"], dynamic_shapes={"log_mel": {0: torch.export.Dim("batch")}})
+
+
+def assert_parity(model: nn.Module, path: Path, log_mel: Tensor) -> tuple[float, float]:
+    """The largest differences of logits and probabilities between torch and onnxruntime, at batches of 1, 3 and all.
+
+    Raises UserError where one is beyond its bound, or a logit is not finite.
+    """
+    with torch.inference_mode():
+        expected = model(log_mel).numpy()
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    worst_logit = worst_probability = 0.0
+    for batch in (1, 3, len(log_mel)):
+        actual = session.run(["logits"], {"log_mel": log_mel[:batch].numpy()})[0]
+        worst_logit = max(worst_logit, float(np.abs(actual - expected[:batch]).max()))
+        worst_probability = max(worst_probability, float(np.abs(_sigmoid(actual) - _sigmoid(expected[:batch])).max()))
+    bound = LOGIT_BOUND * max(1.0, float(np.abs(expected).max()))
+    if not (worst_logit <= bound and worst_probability <= PROBABILITY_BOUND):
+        raise UserError(f"{path.name.removesuffix('.partial')}: onnxruntime differs from torch by {worst_logit:.2g} in the logits (bound {bound:.2g}) and "
+                        f"{worst_probability:.2g} in the probabilities (bound {PROBABILITY_BOUND:.0e}); the model was not exported")
+    return worst_logit, worst_probability
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x.astype(np.float64)))
+
+
+def export_fold(folder: Path) -> None:
+    """Writes model.onnx and model.onnx.sha256, unless they are there and made from these very weights."""
+    out, digest = folder / "model.onnx", sha256(folder / "weights.safetensors")
+    if out.exists() and (folder / "model.onnx.sha256").exists():
+        facts = {p.key: p.value for p in onnx.load(out).metadata_props} if _unchanged(out) else {}
+        if facts.get("weights_sha256") == digest:
+            say(f"{out} is up to date")
+            return
+    model, config = load_model(folder)
+    audio = AudioConfig.from_dict(config["audio"])
+    windows, _ = load_tensors(folder / "golden_windows.safetensors")
+    log_mel = to_log_mel(windows["windows"], audio)
+    with atomic(out) as partial:
+        write_onnx(model, log_mel[:2] if len(log_mel) > 1 else log_mel.repeat(2, 1, 1, 1), partial)
+        graph = onnx.load(partial)
+        onnx.helper.set_model_props(graph, {
+            "audio": json.dumps(config["audio"]), "classes": json.dumps(config["classes"]), "prior": json.dumps(config["prior"]),
+            "model": config["settings"]["model"], "weights_sha256": digest})
+        onnx.save(graph, partial)
+        logit, probability = assert_parity(model, partial, log_mel)
+    write_text(folder / "model.onnx.sha256", f"{sha256(out)}  model.onnx\n")
+    say(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB): within {logit:.1e} (logits) and {probability:.1e} (probabilities) "
+        f"of torch on {len(log_mel)} held-out windows")
+
+
+def _unchanged(out: Path) -> bool:
+    return (out.parent / "model.onnx.sha256").read_text(encoding="utf-8").split()[:1] == [sha256(out)]
+
+
+@stage
+def main(argv: list[str] | None = None) -> None:
+    settings = parse(ExportSettings, argv, prog="python -m src.export", description=__doc__)
+    trained = {folder.name.removeprefix("fold"): folder for folder in sorted(settings.run.glob("fold*")) if (folder / "weights.safetensors").exists()}
+    if not trained:
+        raise UserError(f"{settings.run} holds no finished fold; train one with python -m src.train --run {settings.run}")
+    wanted = list(trained) if settings.fold == ("all",) else list(settings.fold)
+    absent = [fold for fold in wanted if fold not in trained]
+    if absent:
+        raise UserError(f"fold {absent[0]} of {settings.run} is not finished; finished: {', '.join(trained)}")
+    for fold in wanted:
+        export_fold(trained[fold])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

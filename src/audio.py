@@ -64,14 +64,17 @@ def _cause(path: Path | str, error: Exception) -> str:
 
 
 def ogg_is_truncated(path: Path | str) -> bool:
-    """Whether an Ogg file's last page lacks the end-of-stream flag: truncation that the frame count cannot show."""
+    """Whether an Ogg file's last page is cut or lacks the end-of-stream flag: truncation that the frame count cannot show."""
     with open(path, "rb") as file:
         if file.read(4) != b"OggS":
             return False
         file.seek(-min(os.path.getsize(path), 2 * 65_307), os.SEEK_END)  # the largest Ogg page has 65,307 bytes
         tail = file.read()
-    page = tail.rfind(b"OggS\0")
-    return page < 0 or page + 5 >= len(tail) or not tail[page + 5] & 4
+    page = tail[max(0, tail.rfind(b"OggS\0")) :]
+    if len(page) < 27 or not page[5] & 4:  # RFC 3533: byte 5 holds the flags, 4 is end of stream
+        return True
+    segments = page[27 : 27 + page[26]]  # their sizes
+    return len(page) < 27 + page[26] + sum(segments)
 
 
 def read_blocks(path: Path | str, sample_rate: int) -> Iterator[np.ndarray]:
@@ -100,7 +103,7 @@ def read_blocks(path: Path | str, sample_rate: int) -> Iterator[np.ndarray]:
     if cause is None and n_decoded < header.n_samples:
         cause = f"only {n_decoded} of {header.n_samples} samples decode"
     if cause is None and ogg_is_truncated(path):
-        cause = "truncated: the last Ogg page lacks the end-of-stream flag"
+        cause = "truncated: the last Ogg page is cut or lacks the end-of-stream flag"
     if cause:
         raise DamagedAudio(cause)
 

@@ -12,10 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
 import numpy as np
 import pandas as pd
-
 
 from . import audio
 from .config import AudioConfig, differences

@@ -19,10 +19,10 @@ from .storage import atomic
 def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Writes the tensors and the JSON-able facts, atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    facts = {"facts": json.dumps(facts), "sha256": _digest(tensors)}
+    about = json.dumps({"facts": facts, "sha256": _digest(tensors)})  # one entry: safetensors writes several in any order
     with atomic(path) as partial:
         try:
-            save_file(tensors, partial, metadata=facts)
+            save_file(tensors, partial, metadata={"about": about})
         except SafetensorError as error:  # a full disk
             raise UserError(f"cannot write {path}: {error}") from error
 
@@ -31,15 +31,15 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and facts. Raises UserError for a file that is not one of these or of which a bit has changed."""
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged or no safetensors file ({error}); delete it and run the stage again") from error
-    if metadata.get("sha256") != _digest(tensors):
+    if about.get("sha256") != _digest(tensors):
         raise UserError(f"{path} is damaged: its tensors differ from their SHA-256; delete it and run the stage again")
-    return tensors, json.loads(metadata["facts"])
+    return tensors, about["facts"]
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

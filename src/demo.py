@@ -21,7 +21,7 @@ LEAST_AUC, CHANCE = 0.90, (0.35, 0.65)
 STAGES = f"""
 src.folds --data {DATA} --out folds/demo.csv --n-folds 3 --overwrite
 src.cache --data {DATA} --out input/cache/demo
-src.train --config src/recipes/cpu.yaml --data {DATA} --folds folds/demo.csv --cache input/cache/demo --noise {DATA}/noise --run {RUN} --fold all --epochs 25 --batch-size 8
+src.train --config src/recipes/demo.yaml --data {DATA} --folds folds/demo.csv --cache input/cache/demo --noise {DATA}/noise --run {RUN} --fold all
 src.evaluate --run {RUN}
 src.export --run {RUN}
 src.infer --run {RUN} --soundscapes {DATA}/test_soundscapes --out {OUT}

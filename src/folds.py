@@ -10,7 +10,6 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-
 from . import audio
 from .console import UserError, progress, say, stage
 from .metadata import Metadata, copy_groups, joined, read_csv, read_metadata, targets

@@ -24,7 +24,7 @@ from . import metrics, plots
 from .augment import AugmentSettings, draw_mixup
 from .cache import Cache
 from .checkpoint import load_tensors, optimiser_tensors, restore_optimiser, save_tensors
-from .config import AudioConfig, differences
+from .config import differences
 from .console import UserError, progress, say, stage
 from .dataset import BalancedSampler, Crops, HeldOutWindows, as_is, sampling_share, to_log_mel
 from .folds import read_folds

@@ -1,0 +1,92 @@
+"""A tiny data set in BirdCLEF's layout, its cache, and one trained and exported fold, made once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from src import cache, export, folds, train
+from src.demo_data import RATE, SPECIES, noise, sing, write_audio
+
+TRAIN = ("--model", "asca_test", "--input-side", "64", "--epochs", "3", "--batch-size", "6", "--threads", "1", "--fold", "0")
+
+
+def make_data(root: Path, per_species: int = 6) -> pd.DataFrame:
+    rng, rows = np.random.default_rng(1), []
+    for species in SPECIES[:3]:
+        for number in range(per_species):
+            seconds = (2.5, 5.0, 6.3, 7.777)[number % 4]  # shorter than a window, one window, longer
+            sound = noise(seconds, "wind", rng) * 0.01
+            sing(sound, species, 0.1, 0.3, rng)
+            name = f"{species.code}/XC{species.code}{number}.ogg"
+            write_audio(root / "train_audio" / name, sound)
+            rows.append({"primary_label": species.code, "secondary_labels": "['demcuc1']" if number == 1 else "[]",
+                         "author": f"author {number % 3}", "rating": "4.0", "filename": name})
+    table = pd.DataFrame(rows)
+    table.to_csv(root / "train_metadata.csv", index=False)
+    write_audio(root / "noise" / "wind.ogg", noise(6, "wind", rng) * 0.05)
+    return table
+
+
+def make_soundscape(path: Path, seconds: float, seed: int = 0) -> None:
+    rng = np.random.default_rng(seed)
+    sound = noise(seconds, "wind", rng) * 0.01
+    sing(sound, SPECIES[0], 0.2, 0.3, rng)
+    write_audio(path, sound)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    make_data(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def cached(data: Path) -> Path:
+    out = data / "cache"
+    assert cache.main(["--data", str(data), "--out", str(out), "--workers", "2"]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def fold_table(data: Path) -> Path:
+    out = data / "folds.csv"
+    assert folds.main(["--data", str(data), "--out", str(out), "--n-folds", "3"]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def train_flags(data: Path, cached: Path, fold_table: Path) -> list[str]:
+    return ["--data", str(data), "--cache", str(cached), "--folds", str(fold_table), "--noise", str(data / "noise"), *TRAIN]
+
+
+@pytest.fixture(scope="session")
+def run(data: Path, train_flags: list[str]) -> Path:
+    out = data / "run"
+    assert train.main([*train_flags, "--run", str(out)]) == 0
+    assert export.main(["--run", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def soundscapes(data: Path) -> Path:
+    for name, seconds in (("a_1", 12.0), ("b", 3.0), ("c", 599.9 / 20)):
+        make_soundscape(data / "test_soundscapes" / f"{name}.ogg", seconds)
+    (data / "test_soundscapes" / "notes.txt").write_text("not audio")
+    return data / "test_soundscapes"
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def waveform(seconds: float, rate: int = RATE) -> np.ndarray:
+    """Chirps over noise, (n,) float32."""
+    t = np.arange(int(seconds * rate)) / rate
+    chirps = np.sin(2 * np.pi * (1500 * t + 400 * np.sin(2 * np.pi * 3 * t)))
+    return (0.3 * chirps + 0.01 * np.random.default_rng(0).standard_normal(len(t))).astype(np.float32)

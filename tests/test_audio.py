@@ -1,0 +1,114 @@
+import librosa
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from src import audio
+from src.config import AudioConfig
+from src.console import UserError
+from tests.conftest import waveform
+
+CONFIG = AudioConfig()
+
+
+def oracle(sound: np.ndarray, config: AudioConfig = CONFIG) -> np.ndarray:
+    power = librosa.feature.melspectrogram(
+        y=sound, sr=config.sample_rate, n_fft=config.n_fft, hop_length=config.hop_length, win_length=config.win_length, window="hamming",
+        n_mels=config.n_mels, fmin=config.fmin, fmax=config.fmax, pad_mode="constant")
+    return 10 * np.log10(power + 1e-10)
+
+
+@pytest.mark.parametrize("config", [CONFIG, AudioConfig(n_fft=2048, win_length=2048, hop_length=512, n_mels=64, fmin=50, fmax=14_000)])
+@pytest.mark.parametrize("seconds", [0.01, 0.999, 7.3])
+def test_log_mel_equals_librosa(seconds, config):
+    sound = waveform(seconds)
+    ours = audio.log_mel(sound, config)
+    assert ours.shape == (config.n_mels, 1 + len(sound) // config.hop_length) and ours.dtype == np.float32
+    np.testing.assert_allclose(ours, oracle(sound, config), atol=2e-3)
+
+
+@given(cuts=st.lists(st.integers(0, 96_000), max_size=6))
+@settings(deadline=None, max_examples=25)
+def test_streamed_blocks_of_any_size_give_the_whole(cuts):
+    sound = waveform(3)
+    stream = audio.LogMelStream(CONFIG)
+    blocks = [stream.push(block) for block in np.split(sound, sorted(cuts))] + [stream.finish()]
+    np.testing.assert_allclose(np.concatenate(blocks, axis=1), audio.log_mel(sound, CONFIG), atol=1e-4)
+
+
+@pytest.mark.parametrize("sound", [np.zeros(32_000), np.ones(32_000), np.sign(np.sin(np.arange(32_000)))])
+def test_silence_dc_and_clipping_stay_finite_and_in_range(sound):
+    log_mel = audio.log_mel(sound.astype(np.float32), CONFIG)
+    assert np.isfinite(log_mel).all() and log_mel.min() >= CONFIG.db_min - 1e-3
+
+
+def test_silence_is_the_cache_s_zero():
+    assert audio.to_uint8(audio.log_mel(np.zeros(32_000, np.float32), CONFIG), CONFIG).max() == 0
+
+
+@pytest.mark.parametrize("rate", [22_050, 44_100, 48_000])
+def test_other_rates_and_stereo_are_resampled_and_mixed_down(tmp_path, rate):
+    sound = waveform(4, rate)
+    soundfile.write(tmp_path / "x.wav", np.stack([sound, 0.5 * sound], axis=1), rate, subtype="FLOAT")
+    ours = audio.read_waveform(tmp_path / "x.wav", 32_000)
+    expected = librosa.resample(0.75 * sound, orig_sr=rate, target_sr=32_000, res_type="soxr_hq")
+    assert abs(len(ours) - len(expected)) <= 1
+    n = min(len(ours), len(expected))
+    assert np.abs(ours[:n] - expected[:n]).max() < 1e-3
+
+
+@pytest.mark.parametrize("rate", [32_000, 44_100, 22_050])
+@pytest.mark.parametrize(("start", "stop"), [(0, 500), (12_345, 60_001), (100_000, 900_000)])
+def test_a_stretch_read_by_seeking_is_the_whole_s(tmp_path, rate, start, stop):
+    soundfile.write(tmp_path / "x.ogg", waveform(4, rate), rate)
+    whole = audio.read_waveform(tmp_path / "x.ogg", 32_000)
+    stretch = audio.read_stretch(tmp_path / "x.ogg", start, stop, CONFIG)
+    assert abs(len(stretch) - len(whole[start:stop])) <= 2
+    n = min(len(stretch), len(whole[start:stop]))
+    assert np.abs(stretch[:n] - whole[start:stop][:n]).max() < 1e-3
+
+
+def test_nan_in_a_float_wav_becomes_finite(tmp_path):
+    sound = waveform(2)
+    sound[1000:2000] = np.nan
+    sound[3000] = np.inf
+    soundfile.write(tmp_path / "x.wav", sound, 32_000, subtype="FLOAT")
+    assert np.isfinite(audio.log_mel(audio.read_waveform(tmp_path / "x.wav", 32_000), CONFIG)).all()
+
+
+def test_damage_is_found_and_named(tmp_path):
+    soundfile.write(tmp_path / "good.ogg", waveform(10), 32_000)
+    whole = (tmp_path / "good.ogg").read_bytes()
+    cases = {"empty": b"", "text": b"this is no audio", "cut": whole[: len(whole) // 2], "header": whole[:100], "html": b"<html></html>" * 50}
+    for name, content in cases.items():
+        path = tmp_path / f"{name}.ogg"
+        path.write_bytes(content)
+        with pytest.raises(audio.DamagedAudio) as error:
+            audio.read_waveform(path, 32_000)
+        assert str(error.value), name
+    with pytest.raises(audio.DamagedAudio, match="missing"):
+        audio.read_waveform(tmp_path / "none.ogg", 32_000)
+    soundfile.write(tmp_path / "zero.wav", np.zeros(0, np.float32), 32_000)
+    with pytest.raises(audio.DamagedAudio, match="no samples"):
+        audio.read_waveform(tmp_path / "zero.wav", 32_000)
+    assert len(audio.read_waveform(tmp_path / "good.ogg", 32_000)) == 320_000
+
+
+def test_what_decodes_of_a_truncated_file_is_still_yielded(tmp_path):
+    soundfile.write(tmp_path / "x.ogg", waveform(20), 32_000)
+    content = (tmp_path / "x.ogg").read_bytes()
+    (tmp_path / "x.ogg").write_bytes(content[: len(content) * 2 // 3])
+    seconds = 0.0
+    with pytest.raises(audio.DamagedAudio):
+        for block in audio.read_blocks(tmp_path / "x.ogg", 32_000):
+            seconds += len(block) / 32_000
+    assert 5 < seconds < 19
+
+
+def test_an_unusable_recipe_is_refused():
+    with pytest.raises(UserError, match="win_length"):
+        AudioConfig(win_length=2000)
+    with pytest.raises(UserError, match="other keys"):
+        AudioConfig.from_dict({"sample_rate": 1})

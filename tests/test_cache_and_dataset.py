@@ -1,0 +1,202 @@
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch.utils.data import DataLoader
+
+from src import audio, cache
+from src.augment import AugmentSettings, SpecAugment, WaveformAugment, draw_mixup
+from src.cache import Cache
+from src.console import UserError
+from src.dataset import BalancedSampler, Crops, HeldOutWindows, as_is, sampling_share, to_log_mel
+from src.metadata import read_metadata, targets
+from src.train import mix
+from tests.conftest import make_data, waveform
+
+
+def bytes_of(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".lock"}
+
+
+def test_cache_holds_each_recording_s_log_mel(data, cached):
+    opened = Cache(cached)
+    table = read_metadata([data]).table
+    assert opened.names == table.filename.tolist() and not opened.damaged and opened.verify() == []
+    for name, path in zip(table.filename[:4], table.path):
+        expected = audio.log_mel(audio.read_waveform(path, 32_000), opened.config)
+        stored = opened.read(name).T * opened.config.db_step + opened.config.db_min
+        assert np.abs(stored - expected.clip(-100, 20)).max() <= opened.config.db_step * 0.501
+        np.testing.assert_array_equal(opened.read(name, 100, 50), opened.read(name)[100:150])
+
+
+def test_damaged_recordings_are_listed_and_the_others_untouched(tmp_path, data, cached, capsys):
+    make_data(tmp_path)
+    broken = sorted((tmp_path / "train_audio").rglob("*.ogg"))[:3]
+    broken[0].write_bytes(broken[0].read_bytes()[:-2000])
+    broken[1].write_text("=cmd()")
+    broken[2].unlink()
+    assert cache.main(["--data", str(tmp_path), "--out", str(tmp_path / "c"), "--workers", "1"]) == 0
+    damaged = Cache(tmp_path / "c").damaged
+    assert len(damaged) == 3 and "truncated" in " ".join(damaged.values()) and "missing file" in damaged.values()
+    whole = Cache(cached)
+    for name in Cache(tmp_path / "c").names:
+        np.testing.assert_array_equal(Cache(tmp_path / "c").read(name), whole.read(name))
+    for path in (tmp_path / "train_audio").rglob("*.ogg"):
+        path.unlink()
+    assert cache.main(["--data", str(tmp_path), "--out", str(tmp_path / "none")]) == 1
+    assert "none of the 18 recordings could be read" in capsys.readouterr().err
+
+
+def test_killed_and_run_again_gives_the_same_cache(tmp_path):
+    make_data(tmp_path, per_species=30)
+    flags = ["--data", str(tmp_path), "--workers", "2"]
+    assert cache.main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    out = tmp_path / "killed"
+    for kill in range(6):
+        process = subprocess.Popen([sys.executable, "-m", "src.cache", *flags, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < until:
+            size = (out / "log_mels.u8.partial").stat().st_size if (out / "log_mels.u8.partial").exists() else 0
+            if size > 4_000_000 * (kill + 1):
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.002)
+        process.wait()
+        if process.returncode == 0:
+            break
+        assert not (out / "cache.json").exists()
+    assert kill >= 1, "the cache was built before it could be killed"
+    assert cache.main([*flags, "--out", str(out)]) == 0
+    assert bytes_of(out) == bytes_of(tmp_path / "whole")
+
+
+def test_another_recipe_and_changed_bytes_are_refused(tmp_path, data, capsys):
+    out = tmp_path / "c"
+    flags = ["--data", str(data), "--out", str(out)]
+    assert cache.main(flags) == 0 and cache.main([*flags, "--n-mels", "64"]) == 1
+    assert "audio.n_mels: 128 -> 64" in capsys.readouterr().err
+    with open(out / "log_mels.u8", "r+b") as file:
+        file.seek(1000)
+        file.write(b"\xff\x00")
+    assert cache.main([*flags, "--verify"]) == 1 and "damaged in" in capsys.readouterr().out
+    with open(out / "log_mels.u8", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(UserError, match="bytes instead of"):
+        Cache(out)
+    (out / "index.csv").write_text((out / "index.csv").read_text().replace("XC", "XD", 1))
+    with pytest.raises(UserError, match="SHA-256 differs"):
+        Cache(out)
+
+
+def test_a_second_process_is_refused(tmp_path, data):
+    holder = subprocess.Popen([sys.executable, "-c", "import sys, time; from src.storage import owned\n"
+                               f"with owned({str(tmp_path)!r}): print('held', flush=True); time.sleep(60)"], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        assert cache.main(["--data", str(data), "--out", str(tmp_path)]) == 1
+    finally:
+        holder.kill()
+        holder.wait()
+    assert cache.main(["--data", str(data), "--out", str(tmp_path)]) == 0
+
+
+def crops_of(data, cached, **settings) -> Crops:
+    metadata = read_metadata([data])
+    target, weight = targets(metadata.table, metadata.classes)
+    return Crops(metadata.table, Cache(cached), target, weight, settings=AugmentSettings(**settings), noise=data / "noise", seed=3)
+
+
+@pytest.mark.parametrize("rate", [32_000, 44_100])
+def test_the_waveform_path_gives_the_cache_s_frames(tmp_path, rate):
+    """Within the uint8 step, at a recording's ends too, and for recordings shorter than a window."""
+    table = make_data(tmp_path)
+    for number, path in enumerate(sorted((tmp_path / "train_audio").rglob("*.ogg"))):
+        soundfile.write(path, waveform((2.3, 5.0, 5.8, 9.1)[number % 4], rate), rate)
+    assert cache.main(["--data", str(tmp_path), "--out", str(tmp_path / "c")]) == 0
+    crops = crops_of(tmp_path, tmp_path / "c")
+    for row in range(4):
+        n, window = crops.cache.n_frames(table.filename[row]), crops.cache.config.window_frames
+        for start in {0, max(0, n - window) // 2, max(0, n - window)}:
+            waveform_path = crops.waveform_crop(row, start, None)
+            frames = np.arange(start, start + window) % n if n < window else np.arange(start, start + window)
+            expected = crops.cache.read(table.filename[row])[frames]
+            assert waveform_path.shape == (500, 128)
+            assert np.abs(waveform_path.astype(int) - expected).max() <= (1 if rate == 32_000 else 4), (row, start)
+
+
+def test_items_do_not_depend_on_the_workers(data, cached):
+    crops = crops_of(data, cached, waveform_probability=0.5, spec_augment_probability=1.0)
+    sampler = BalancedSampler(sampling_share(read_metadata([data]).table, power=0.5, use_rating=True), 6, seed=3)
+    batches = {}
+    for workers in (0, 2):
+        np.random.seed(workers)  # the global state must not matter
+        batches[workers] = torch.cat([b["crop"] for b in DataLoader(crops, batch_sampler=sampler, collate_fn=as_is, num_workers=workers)])
+    assert torch.equal(batches[0], batches[2])
+    sampler.epoch = 1
+    assert not torch.equal(batches[0], torch.cat([b["crop"] for b in DataLoader(crops, batch_sampler=sampler, collate_fn=as_is)]))
+
+
+def test_rare_species_are_drawn_more_often_than_their_share():
+    import pandas as pd
+
+    table = pd.DataFrame({"primary_label": ["a"] * 80 + ["b"] * 20, "rating": 0.0})
+    share = sampling_share(table, power=0.5, use_rating=True)
+    assert share[0] / share[-1] == pytest.approx((20 / 80) ** 0.5)
+
+
+def test_held_out_windows_cover_the_first_minute(data, cached):
+    opened = Cache(cached)
+    windows = HeldOutWindows(opened.names, opened)
+    for place, name in enumerate(opened.names):
+        n = sum(1 for p, _ in windows.places if p == place)
+        assert n == max(1, round(opened.n_frames(name) / 500))
+    assert all(windows[item][0].shape == (500, 128) for item in range(len(windows)))
+
+
+def test_background_noise_meets_its_snr_and_leaves_silence_alone(data, rng):
+    augment = WaveformAugment(AugmentSettings(min_snr_db=10, max_snr_db=10, gain_db=0), data / "noise", 32_000)
+    sound = waveform(5)
+    noise = augment(sound, rng) - sound
+    assert 20 * np.log10(sound.std() / noise.std()) == pytest.approx(10, abs=0.3)
+    silent = np.full(32_000, 1e-6, np.float32)
+    assert 0.001 < np.abs(augment(silent, rng)).max() < 1  # the noise's own level: neither nothing nor amplified
+    np.testing.assert_array_equal(augment(sound, np.random.default_rng(5)), augment(sound, np.random.default_rng(5)))
+    with pytest.raises(UserError, match="no readable audio"):
+        WaveformAugment(AugmentSettings(), data / "cache", 32_000)
+
+
+def test_masks_are_bands_filled_with_the_mean(rng):
+    crop = rng.integers(50, 200, (500, 128)).astype(np.uint8)
+    masking = SpecAugment(AugmentSettings(spec_augment_probability=1.0))
+    seen = 0
+    for _ in range(20):
+        masked = masking(crop, rng)
+        changed = masked != crop
+        seen += changed.any()
+        assert (masked[changed] == round(crop.mean())).all() and changed.mean() < 0.5
+    assert seen > 10
+
+
+def test_mixup_adds_powers_and_unites_targets(rng):
+    settings = AugmentSettings(mixup_probability=1.0)
+    log_mel, target, weight = torch.randn(8, 1, 4, 5) * 20 - 50, torch.eye(8), torch.ones(8, 8)
+    weight[2, 3] = 0
+    partner, share = draw_mixup(8, settings, np.random.default_rng(1))
+    mixed, new_target, new_weight = mix(log_mel, target, weight, settings, np.random.default_rng(1))
+    power = share[:, None, None, None] * 10 ** (log_mel.numpy() / 10) + (1 - share[:, None, None, None]) * 10 ** (log_mel.numpy()[partner] / 10)
+    np.testing.assert_allclose(mixed.numpy(), 10 * np.log10(power), atol=1e-3)
+    assert torch.equal(new_target, torch.maximum(target, target[partner])) and new_weight[2, 3] == 0
+    linear = mix(log_mel, target, weight, AugmentSettings(mixup_probability=1.0, mixup_target="linear"), np.random.default_rng(1))[1]
+    np.testing.assert_allclose(linear.sum(1).numpy(), 1, atol=1e-6)
+    unmixed = mix(log_mel, target, weight, AugmentSettings(mixup_probability=0.0), rng)
+    assert torch.equal(unmixed[0], log_mel) and torch.equal(unmixed[1], target)
+
+
+def test_uint8_comes_back_as_decibels(cached):
+    config = Cache(cached).config
+    log_mel = to_log_mel(torch.tensor([[[0, 255]]], dtype=torch.uint8), config)
+    assert log_mel.shape == (1, 1, 2, 1) and log_mel.flatten().tolist() == pytest.approx([-100, 20], abs=1e-4)

@@ -1,0 +1,155 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
+
+from src import audio, export, infer, submission, timeline
+from src.metadata import read_csv
+from tests.conftest import make_soundscape, waveform
+
+
+def score(run, soundscapes, out, *flags) -> pd.DataFrame:
+    assert infer.main(["--run", str(run), "--soundscapes", str(soundscapes), "--out", str(out), "--threads", "1", *flags]) == 0
+    return pd.read_csv(out, index_col="row_id")
+
+
+def test_rows_come_from_the_files_and_columns_from_the_model(tmp_path, run, soundscapes, capsys):
+    table = score(run, soundscapes, tmp_path / "s.csv")
+    assert table.index.tolist() == ["a_1_5", "a_1_10", "b_5"] + [f"c_{5 * k}" for k in range(1, 7)]
+    assert table.columns.tolist() == ["demcuc1", "demdov1", "demowl1"] and not (tmp_path / "s_failures.csv").exists()
+    assert infer.main(["--check", str(tmp_path / "s.csv"), "--soundscapes", str(soundscapes)]) == 0 and "valid" in capsys.readouterr().out
+
+
+def test_probabilities_are_the_network_s_on_the_file_s_own_log_mel(tmp_path, run, soundscapes):
+    import torch
+
+    model, config = export.load_model(run / "fold0")
+    log_mel = audio.log_mel(audio.read_waveform(soundscapes / "c.ogg", 32_000), model_audio := infer.AudioConfig.from_dict(config["audio"]))
+    windows = np.stack([np.pad(log_mel[:, 500 * k : 500 * k + 500], ((0, 0), (0, max(0, 500 * k + 500 - log_mel.shape[1]))),
+                               constant_values=model_audio.db_min) for k in range(6)])[:, None]
+    with torch.no_grad():
+        expected = model(torch.from_numpy(windows)).sigmoid().numpy()
+    shutil.copytree(run / "fold0", tmp_path / "one/fold0")
+    table = score(tmp_path / "one", soundscapes, tmp_path / "s.csv")
+    np.testing.assert_allclose(table.loc[[f"c_{5 * k}" for k in range(1, 7)], config["classes"]], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("flags", [("--threads", "2"), ("--batch-size", "1"), ("--batch-size", "48")])
+def test_threads_and_batches_do_not_matter(tmp_path, run, soundscapes, flags):
+    one, other = score(run, soundscapes, tmp_path / "a.csv"), score(run, soundscapes, tmp_path / "b.csv", *flags)
+    np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_overlapping_windows_keep_the_rows(tmp_path, run, soundscapes):
+    one, overlapped = score(run, soundscapes, tmp_path / "a.csv"), score(run, soundscapes, tmp_path / "b.csv", "--hop-seconds", "2.5")
+    assert one.index.equals(overlapped.index) and np.abs(one - overlapped).to_numpy().max() > 1e-5
+
+
+@given(n=st.integers(1, 40), window=st.sampled_from([2.0, 5.0, 10.0]), hop=st.sampled_from([1.0, 2.0, 2.5, 5.0]))
+def test_windows_cover_every_row_and_rows_are_means_by_overlap(n, window, hop):
+    starts = submission.window_starts(n, window, min(hop, window))
+    probability = np.arange(len(starts), dtype=float)[:, None]
+    rows = submission.rows_from_windows(probability, starts, window, n)
+    grid = np.arange(0, n * 5, 0.5) + 0.25  # an independent integral: the mean over half seconds of the windows above each
+    for k in range(n):
+        weights = np.array([sum(s <= t < s + window for t in grid[10 * k : 10 * k + 10]) for s in starts], float)
+        assert rows[k, 0] == pytest.approx((weights @ probability[:, 0]) / weights.sum(), abs=1e-4)
+    if window == 5.0 == hop:
+        assert rows[:, 0].tolist() == list(range(n))
+
+
+@pytest.mark.parametrize(("seconds", "rows"), [(0.01, 1), (4, 1), (7.6, 2), (599.9, 120), (600.02, 120), (602.6, 121)])
+def test_row_rule(seconds, rows):
+    assert submission.n_rows(seconds) == rows
+
+
+def test_damaged_soundscapes_get_the_prior_and_leave_the_others_alone(tmp_path, run, soundscapes, capsys):
+    good = score(run, soundscapes, tmp_path / "good.csv")
+    folder = tmp_path / "mixed"
+    shutil.copytree(soundscapes, folder)
+    make_soundscape(folder / "cut.ogg", 30.0)
+    whole = (folder / "cut.ogg").read_bytes()
+    (folder / "cut.ogg").write_bytes(whole[: len(whole) // 2])
+    for name, content in {"empty.ogg": b"", "text.wav": b"hello", "page.ogg": b"<html>" * 100, "head.ogg": whole[:60]}.items():
+        (folder / name).write_bytes(content)
+    soundfile.write(folder / "stereo.wav", np.stack([waveform(8, 44_100)] * 2, axis=1), 44_100)
+    soundfile.write(folder / "really_wav.ogg", waveform(8), 32_000, format="WAV")
+    table = score(run, folder, tmp_path / "s.csv", "--expected-seconds", "20")
+    pd.testing.assert_frame_equal(table.loc[good.index], good, check_exact=True)
+    failures = read_csv(tmp_path / "s_failures.csv").set_index("filename")
+    assert set(failures.index) == {"cut.ogg", "empty.ogg", "text.wav", "page.ogg", "head.ogg"} and (failures.cause != "").all()
+    session = infer.onnxruntime.InferenceSession(run / "fold0/model.onnx")
+    prior = json.loads(session.get_modelmeta().custom_metadata_map["prior"])
+    assert (table.index.str.startswith("empty_")).sum() == 4
+    np.testing.assert_allclose(table.loc["empty_5"].to_numpy(), prior, atol=1e-6)
+    assert "5 damaged soundscape(s)" in capsys.readouterr().out
+
+
+def test_empty_and_missing_folders(tmp_path, run, capsys):
+    (tmp_path / "empty").mkdir()
+    assert infer.main(["--run", str(run), "--soundscapes", str(tmp_path / "empty"), "--out", str(tmp_path / "s.csv")]) == 0
+    assert (tmp_path / "s.csv").read_text() == "row_id,demcuc1,demdov1,demowl1\n"
+    assert infer.main(["--run", str(run), "--soundscapes", str(tmp_path / "none"), "--out", str(tmp_path / "s.csv")]) == 1
+    assert "no folder" in capsys.readouterr().err
+
+
+def test_the_sample_s_columns_are_honoured_and_a_mismatch_stops(tmp_path, run, soundscapes, capsys):
+    sample = tmp_path / "sample.csv"
+    sample.write_text("row_id,demowl1,demcuc1,demdov1\n")
+    one, permuted = score(run, soundscapes, tmp_path / "a.csv"), score(run, soundscapes, tmp_path / "b.csv", "--sample", str(sample))
+    assert permuted.columns.tolist() == ["demowl1", "demcuc1", "demdov1"]
+    pd.testing.assert_frame_equal(permuted[one.columns], one)
+    sample.write_text("row_id,demowl1,demcuc1,other\n")
+    assert infer.main(["--run", str(run), "--soundscapes", str(soundscapes), "--sample", str(sample), "--out", str(tmp_path / "c.csv")]) == 1
+    assert "only in the sample ['other']" in capsys.readouterr().err and not (tmp_path / "c.csv").exists()
+
+
+def test_a_changed_model_is_refused_and_a_missing_one_exported(tmp_path, run, soundscapes, capsys):
+    shutil.copytree(run / "fold0", tmp_path / "run/fold0")
+    path = tmp_path / "run/fold0/model.onnx"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert infer.main(["--run", str(tmp_path / "run"), "--soundscapes", str(soundscapes), "--out", str(tmp_path / "s.csv")]) == 1
+    assert "model.onnx is damaged" in capsys.readouterr().err
+    path.unlink()
+    score(tmp_path / "run", soundscapes, tmp_path / "s.csv")
+    assert path.exists()
+
+
+def test_inference_imports_no_training_library():
+    code = ("import sys, src.infer, src.submission, src.timeline\n"
+            "bad = {'torch', 'timm', 'torchvision', 'sklearn', 'albumentations', 'audiomentations', 'tyro'} & set(sys.modules)\nassert not bad, bad")
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("id,a\nx_5,0.1\n", "first column"), ("row_id,a\nx_5,1.000000\n", "outside"), ("row_id,a\nx_5,nan\n", "outside"), ("row_id,a\nx_5,\n", "outside"),
+    ("row_id,a\nx_5,-0.1\n", "outside"), ("row_id,a\nx_5,0.1\nx_5,0.2\n", "twice"), ("row_id,a\nx,0.1\n", "is not <file stem>"),
+    ("row_id,b\nx_5,0.1\n", "columns differ")])
+def test_the_validator_finds_what_kaggle_would_not_take(tmp_path, text, message):
+    (tmp_path / "s.csv").write_text(text)
+    assert any(message in fault for fault in submission.check(tmp_path / "s.csv", classes=["a"]))
+
+
+def test_written_probabilities_stay_under_one(tmp_path):
+    submission.write(tmp_path / "s.csv", ["x_5", "x_10"], np.array([[1.0, 0.5], [1e-12, 0.0]], np.float32), ["a", "b"])
+    assert submission.check(tmp_path / "s.csv", classes=["a", "b"], ids=["x_5", "x_10"]) == []
+    with pytest.raises(submission.UserError, match="not finite"):
+        submission.write(tmp_path / "t.csv", ["x_5"], np.array([[np.nan]]), ["a"])
+    assert not (tmp_path / "t.csv").exists()
+
+
+def test_timelines_are_drawn(tmp_path, run, soundscapes):
+    score(run, soundscapes, tmp_path / "s.csv")
+    (tmp_path / "l.csv").write_text("row_id,labels\nc_10,demdov1\n")
+    flags = ["--submission", str(tmp_path / "s.csv"), "--soundscapes", str(soundscapes), "--labels", str(tmp_path / "l.csv"), "--out", str(tmp_path / "p")]
+    assert timeline.main(flags) == 0
+    assert {p.name for p in (tmp_path / "p").iterdir()} == {"a_1.png", "b.png", "c.png"}

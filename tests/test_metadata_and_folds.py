@@ -1,0 +1,147 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from src import folds
+from src.console import UserError
+from src.folds import assign_folds, read_folds
+from src.metadata import read_metadata, targets
+
+REAL = Path(__file__).parents[2] / "shared/data/birdclef2023-meta"
+
+
+def write(root: Path, rows: list[dict], **files: str) -> Path:
+    full = [{"primary_label": "a", "secondary_labels": "[]", "author": "x", "filename": f"a/{n}.ogg"} | row for n, row in enumerate(rows)]
+    pd.DataFrame(full).to_csv(root / "train_metadata.csv", index=False)
+    for name, text in files.items():
+        (root / f"{name}.csv").write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(("row", "message"), [
+    ({"filename": "../../etc/passwd"}, "row 3.*leaves the data folder"),
+    ({"filename": "/etc/passwd"}, "row 3.*leaves the data folder"),
+    ({"filename": "C:\\x.ogg"}, "leaves the data folder"),
+    ({"filename": "a/0.ogg"}, "stands there twice"),
+    ({"primary_label": ""}, "row 3: no primary_label"),
+    ({"secondary_labels": "['b'"}, "row 3: secondary_labels .* is not a list"),
+])
+def test_bad_rows_are_refused_with_row_and_remedy(tmp_path, row, message):
+    with pytest.raises(UserError, match=message):
+        read_metadata([write(tmp_path, [{}, row])])
+
+
+def test_missing_column_file_and_unknown_species_are_refused(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        read_metadata([tmp_path])
+    (tmp_path / "train_metadata.csv").write_text("primary_label,filename\na,x.ogg\n")
+    with pytest.raises(UserError, match="secondary_labels, author"):
+        read_metadata([tmp_path])
+    write(tmp_path, [{}], eBird_Taxonomy_v2021="SPECIES_CODE\nb\n")
+    with pytest.raises(UserError, match="species a is not in eBird_Taxonomy_v2021.csv"):
+        read_metadata([tmp_path])
+
+
+def test_a_link_out_of_the_data_folder_is_refused_and_one_inside_is_not(tmp_path):
+    (tmp_path / "train_audio/a").mkdir(parents=True)
+    (tmp_path / "secret.ogg").write_text("")
+    link = tmp_path / "train_audio/a/0.ogg"
+    link.symlink_to(tmp_path / "secret.ogg")
+    with pytest.raises(UserError, match="link out of the data folder"):
+        read_metadata([write(tmp_path, [{}])])
+    link.unlink()
+    (tmp_path / "train_audio/a/real.ogg").write_text("")
+    link.symlink_to(tmp_path / "train_audio/a/real.ogg")
+    assert len(read_metadata([tmp_path]).table) == 1
+
+
+def test_labels_that_look_like_numbers_stay_strings(tmp_path):
+    labels = ["NA", "null", "1e5", "007", "12"]
+    metadata = read_metadata([write(tmp_path, [{"primary_label": label} for label in labels])])
+    assert metadata.table.primary_label.tolist() == labels and set(metadata.classes) == set(labels)
+
+
+def test_classes_follow_the_sample_submission(tmp_path):
+    write(tmp_path, [{"primary_label": "a"}, {"primary_label": "b"}], sample_submission="row_id,b,c,a\n")
+    assert read_metadata([tmp_path]).classes == ("b", "c", "a")
+    (tmp_path / "sample_submission.csv").write_text("row_id,b\n")
+    with pytest.raises(UserError, match="no column of"):
+        read_metadata([tmp_path])
+
+
+def test_targets_treat_secondary_labels_as_asked(tmp_path):
+    table = read_metadata([write(tmp_path, [{"secondary_labels": "['b', 'zzz', 'a']"}, {"primary_label": "b"}])]).table
+    expected = {"ignore": ([1, 0], [1, 1]), "mask": ([1, 0], [1, 0]), "soft": ([1, 0.5], [1, 1]), "hard": ([1, 1], [1, 1])}
+    for kind, (target, weight) in expected.items():
+        got = targets(table, ("a", "b"), kind)
+        assert got[0][0].tolist() == target and got[1][0].tolist() == weight, kind
+
+
+def test_further_folders_leave_out_copies_and_unknown_species(tmp_path):
+    (tmp_path / "main").mkdir(), (tmp_path / "extra").mkdir()
+    write(tmp_path / "main", [{"filename": "a/XC1.ogg"}, {"filename": "a/XC2.ogg"}])
+    write(tmp_path / "extra", [{"filename": "other/XC1.ogg"}, {"filename": "a/XC9.ogg"}, {"primary_label": "new", "filename": "n/XC3.ogg"}])
+    table = read_metadata([tmp_path / "main", tmp_path / "extra"]).table
+    assert table.filename[table.is_extra].tolist() == ["a/XC9.ogg"]
+
+
+def made_table(n: int = 300, seed: int = 0) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    species = rng.choice([f"s{k}" for k in range(12)], n, p=np.arange(1, 13) / 78)
+    table = pd.DataFrame({"filename": [f"{k}.ogg" for k in range(n)], "primary_label": species,
+                          "secondary_labels": [(rng.choice(species),) if rng.random() < 0.2 else () for _ in range(n)],
+                          "author": rng.choice([f"p{k}" for k in range(60)] + [""], n), "copy_group": np.arange(n)})
+    table.loc[[5, 9], "copy_group"] = 5
+    return pd.concat([table, table.iloc[:2].assign(filename=["r1", "r2"], primary_label="rare", copy_group=[n, n + 1])], ignore_index=True)
+
+
+@pytest.mark.parametrize("strategy", ["multilabel", "author"])
+def test_each_recording_has_one_side_and_copies_and_rare_species_theirs(strategy):
+    table = made_table()
+    of = assign_folds(table, strategy=strategy, n_folds=5, seed=0)
+    assert set(of) == {-1, 0, 1, 2, 3, 4} and of[5] == of[9]
+    assert (of[table.primary_label == "rare"] == -1).all()
+    np.testing.assert_array_equal(of, assign_folds(table, strategy=strategy, n_folds=5, seed=0))
+    assert (of != assign_folds(table, strategy=strategy, n_folds=5, seed=1)).any()
+    for fold in range(5):  # every scored species is trained on
+        assert set(table.primary_label[of == fold]) <= set(table.primary_label[of != fold])
+
+
+def test_author_folds_keep_a_recordist_on_one_side():
+    table = made_table()
+    of = pd.Series(assign_folds(table, strategy="author", n_folds=5, seed=0))
+    scored = (of >= 0) & (table.author != "")
+    assert (of[scored].groupby(table.author[scored]).nunique() == 1).all()
+
+
+def test_multilabel_folds_are_balanced():
+    table = made_table()
+    of = assign_folds(table, strategy="multilabel", n_folds=5, seed=0)
+    counts = pd.crosstab(table.primary_label[of >= 0], of[of >= 0])
+    assert np.abs(counts.to_numpy() - counts.sum(axis=1).to_numpy()[:, None] / 5).max() <= 3
+
+
+def test_the_stage_repeats_its_bytes_and_refuses_to_replace_another_split(tmp_path, data, capsys):
+    flags = ["--data", str(data), "--out", str(tmp_path / "f.csv"), "--n-folds", "3"]
+    assert folds.main(flags) == 0
+    first = (tmp_path / "f.csv").read_bytes()
+    assert folds.main(flags) == 0 and (tmp_path / "f.csv").read_bytes() == first
+    assert folds.main([*flags, "--seed", "7"]) == 1
+    assert "--overwrite" in capsys.readouterr().err and (tmp_path / "f.csv").read_bytes() == first
+    assert {p.name for p in tmp_path.iterdir()} == {"f.csv", "f.audit.md", "f.audit.png"}
+    (tmp_path / "bad.csv").write_text("filename,fold\nx,one\n")
+    with pytest.raises(UserError, match="not a fold table"):
+        read_folds(tmp_path / "bad.csv")
+
+
+@pytest.mark.skipif(not REAL.exists(), reason=f"the real BirdCLEF2023 metadata are not at {REAL}")
+def test_the_committed_folds_are_those_of_the_real_metadata(tmp_path):
+    flags = ["--data", str(REAL), "--metadata", str(REAL / "extra/train_metadata_with_durations.csv"), "--out", str(tmp_path / "f.csv")]
+    assert folds.main(flags) == 0
+    committed = Path(__file__).parents[1] / "folds/birdclef-2023.csv"
+    assert (tmp_path / "f.csv").read_bytes() == committed.read_bytes()
+    of = read_folds(committed)
+    assert len(of) == 16_941 and json.dumps(sorted(set(of.values()))) == "[-1, 0, 1, 2, 3, 4]"

@@ -1,0 +1,113 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from src.config import AudioConfig
+from src.console import UserError
+from src.export import assert_parity, write_onnx
+from src.models import MODELS, ModelSettings, create_model
+from src.models.asca import ASCA, VARIANTS, AscaSettings, DropPath
+from src.models.log_mel_input import LogMelInput
+from src.models.torchvision_guard import import_timm
+
+AUDIO = AudioConfig()
+
+
+def log_mel(batch: int) -> torch.Tensor:
+    return torch.randn(batch, 1, 128, 500, generator=torch.Generator().manual_seed(0)) * 20 - 50
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_forward_is_finite_and_every_parameter_gets_a_gradient(name):
+    model = create_model(name, 7, AUDIO, ModelSettings(input_side=64, drop_path=0.0))
+    logits = model(log_mel(2))
+    assert logits.shape == (2, 7) and torch.isfinite(logits).all()
+    (logits * torch.arange(1.0, 8)).sum().backward()
+    dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    # a bias in front of a batch norm's mean, or a key's bias under softmax, moves nothing by more than rounding
+    assert not dead
+
+
+@pytest.mark.parametrize("settings", [AscaSettings(**kw) for kw in (
+    {}, {"layout": "CCTT"}, {"layout": "CCCC"}, {"attn_norm": "bn"}, {"expand_from": "input"}, {"pool": "max"}, {"activation": "relu"})],
+    ids=["default", "CCTT", "CCCC", "bn", "input", "max", "relu"])
+def test_asca_equals_timm_s_maxxvit_under_the_same_weights(settings):
+    import_timm()
+    from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitConvCfg, MaxxVitTransformerCfg
+
+    widths, depths, stem, _ = VARIANTS["test"]
+    pool, of_input = settings.pool + "2", settings.expand_from == "input"
+    theirs = MaxxVit(MaxxVitCfg(
+        embed_dim=widths, depths=depths, block_type=tuple(settings.layout), stem_width=stem,
+        conv_cfg=MaxxVitConvCfg(expand_output=not of_input, attn_ratio=1 / 16 if of_input else 0.25, pool_type=pool, act_layer=settings.activation),
+        transformer_cfg=MaxxVitTransformerCfg(norm_layer="batchnorm2d" if settings.attn_norm == "bn" else "layernorm2d", pool_type=pool,
+                                              act_layer=settings.activation)), img_size=128, in_chans=1, num_classes=5).eval()
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1), module.running_var.uniform_(0.5, 2)
+    ours = ASCA("test", 5, side=128, settings=settings).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.randn(2, 1, 128, 128)
+    with torch.no_grad():
+        np.testing.assert_allclose(ours(x), theirs(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(("variant", "millions", "gmacs"), [("test", 0.48, 0.22), ("pico", 10.0, 1.86), ("nano", 14.1, 2.34), ("0", 22.4, 3.97)])
+def test_sizes_are_coatnet_s(variant, millions, gmacs):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = ASCA(variant, 264, side=224).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 1, 224, 224))
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.03)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, rel=0.03)
+
+
+@pytest.mark.parametrize(("patch", "tokens"), [(32, 16), (16, 64), (14, 81), (7, 324)])
+def test_attn_patch_sets_the_number_of_tokens(patch, tokens):
+    model = ASCA("test", 5, side=128, settings=AscaSettings(attn_patch=patch))
+    assert model.stages[3].blocks[0].attn.rel_pos.relative_position_index.shape == (tokens, tokens)
+    assert model(torch.randn(2, 1, 128, 128)).shape == (2, 5)
+
+
+def test_relative_bias_depends_on_the_distance_alone():
+    from src.models.asca import RelativeBias
+
+    bias = RelativeBias(4, 2)()[0].reshape(2, 4, 4, 4, 4)  # heads, row i, column i, row j, column j
+    assert torch.equal(bias[:, 1, 1, 2, 3], bias[:, 0, 0, 1, 2]) and not torch.equal(bias[:, 1, 1, 2, 3], bias[:, 2, 3, 1, 1])
+
+
+def test_unusable_sides_and_names_are_refused():
+    with pytest.raises(UserError, match="multiple of 32, not 112"):
+        create_model("asca_test", 5, AUDIO, ModelSettings(input_side=112))
+    with pytest.raises(UserError, match="choose one of asca_test"):
+        create_model("resnet", 5, AUDIO)
+
+
+def test_input_layer_resizes_as_torch_does_and_ignores_gain():
+    x = log_mel(3)
+    fixed = LogMelInput(AUDIO, 128, "fixed")
+    expected = F.interpolate((x + 42) / 17, size=(128, 128), mode="bilinear", antialias=True, align_corners=False)
+    np.testing.assert_allclose(fixed(x), expected, atol=1e-4)
+    window = LogMelInput(AUDIO, 128, "window")
+    np.testing.assert_allclose(window(x), window(x + 13), atol=1e-4)
+    assert window(torch.full((1, 1, 128, 500), -100.0)).abs().max() < 1e-6
+
+
+def test_drop_path_keeps_the_mean_and_is_off_in_eval():
+    torch.manual_seed(0)
+    drop, x = DropPath(0.3), torch.ones(4000, 1, 1, 1)
+    assert drop(x).mean().item() == pytest.approx(1, abs=0.05) and torch.equal(drop.eval()(x), x)
+
+
+@pytest.mark.parametrize("settings", [
+    ModelSettings(), ModelSettings(input_norm="fixed", asca=AscaSettings(attn_patch=16, attn_norm="bn", expand_from="input"))], ids=["default", "paper"])
+def test_onnx_equals_torch_at_any_batch(tmp_path, settings):
+    model = create_model("asca_test", 12, AUDIO, settings).eval()
+    write_onnx(model, log_mel(2), tmp_path / "m.onnx")
+    assert_parity(model, tmp_path / "m.onnx", log_mel(8))
+    for parameter in model.parameters():
+        parameter.data.mul_(1.01)
+    with pytest.raises(UserError, match="differs from torch"):
+        assert_parity(model, tmp_path / "m.onnx", log_mel(8))

@@ -1,0 +1,85 @@
+"""The house: imports point down, the README shows the tree as it is, a full disk leaves nothing half-written."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from src.console import UserError
+from src.storage import atomic
+
+ROOT = Path(__file__).parents[1]
+FLOORS = (
+    {"console", "config", "storage", "settings"},
+    {"audio", "metrics", "metadata", "submission", "plots", "checkpoint", "demo_data"},
+    {"folds", "folds_audit", "cache", "augment", "dataset", "models"},
+    {"train", "evaluate", "export", "infer"},
+    {"timeline", "demo", "__main__"},
+)
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+
+
+def imports_of(file: Path) -> set[str]:
+    """The project's own modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            if file.parent.name == "models" and node.level == 1:
+                continue
+            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+    return found
+
+
+def test_imports_point_down_or_sideways_without_a_circle():
+    modules = {file.stem: imports_of(file) for file in (ROOT / "src").glob("*.py") if file.stem != "__init__"}
+    modules["models"] = set().union(*(imports_of(file) for file in (ROOT / "src/models").glob("*.py")))
+    assert set(modules) == set(FLOOR)
+    for name, imported in modules.items():
+        assert all(FLOOR[other] <= FLOOR[name] for other in imported), name
+    assert not any(FLOOR[other] > 1 for other in modules["infer"] - {"infer"}), "inference stands on floors 0 and 1 alone"
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"circle: {path + (name,)}"
+        for other in modules[name]:
+            visit(other, (*path, name))
+
+    for name in modules:
+        visit(name, ())
+
+
+def test_readme_s_tree_names_every_file_and_no_other():
+    tree = re.search(r"## The tree\n+```\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    named, folders = set(), []
+    for line in tree.splitlines():
+        indent, name = re.match(r"( *)(\S+)", line).groups()
+        folders = folders[: len(indent) // 2]
+        path = "/".join(["", *folders, name]).lstrip("/").replace("//", "/")
+        if name.endswith("/"):
+            folders.append(name.rstrip("/"))
+        named.add(path)
+    missing = [path for path in named if not (ROOT / path).exists() and not path.startswith("runs")]
+    assert not missing, f"the README names what is not there: {missing}"
+    sources = {str(p.relative_to(ROOT)) for folder in ("src", "benchmarks") for p in (ROOT / folder).rglob("*.py")} | {
+        str(p.relative_to(ROOT)) for p in (ROOT / "src/recipes").glob("*.yaml")}
+    unnamed = {path for path in sources if not path.endswith("__init__.py")} - named
+    assert not unnamed, f"the README's tree lacks {sorted(unnamed)}"
+
+
+def test_the_stages_are_printed_in_order():
+    text = subprocess.run([sys.executable, "-m", "src"], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    places = [text.index(f"src.{stage} ") for stage in ("folds", "cache", "train", "evaluate", "export", "infer")]
+    assert places == sorted(places)
+
+
+def test_what_cannot_be_written_leaves_nothing_under_the_final_name(tmp_path):
+    (tmp_path / "x.csv").write_text("old")
+    with pytest.raises(UserError, match="cannot write .*x.csv"), atomic(tmp_path / "x.csv") as partial:
+        partial.write_text("half")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(KeyboardInterrupt), atomic(tmp_path / "x.csv") as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == ["x.csv"] and (tmp_path / "x.csv").read_text() == "old"

@@ -1,0 +1,126 @@
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from src import evaluate, train
+from src.checkpoint import load_tensors, save_tensors
+from src.console import UserError
+from src.evaluate import score_submission
+from src.folds import read_folds
+from src.settings import flatten, parse
+from src.train import TrainSettings, learning_rate_at
+
+SAME = ("weights.safetensors", "oof.csv", "history.csv", "golden_windows.safetensors")
+
+
+def test_a_fold_leaves_all_its_files(run, fold_table):
+    folder = run / "fold0"
+    assert {"config.yaml", "weights.safetensors", "history.csv", "curves.png", "first_batch.png", "oof.csv", "model.onnx"} <= {p.name for p in folder.iterdir()}
+    assert not list(folder.glob("*.partial")) and not (folder / "checkpoint.safetensors").exists()
+    oof = pd.read_csv(folder / "oof.csv")
+    assert set(oof.filename) == {name for name, fold in read_folds(fold_table).items() if fold == 0}
+    assert oof.iloc[:, 1:].to_numpy().min() >= 0 and oof.iloc[:, 1:].to_numpy().max() <= 1
+    assert len(pd.read_csv(folder / "history.csv")) == 3
+
+
+def test_killed_and_run_again_equals_the_uninterrupted_run(tmp_path, run, train_flags):
+    flags = [*train_flags, "--run", str(tmp_path / "run"), "--workers", "1"]
+    folder, kills = tmp_path / "run/fold0", 0
+    for _ in range(8):  # killed after the first and after the second epoch's checkpoint, in the middle of the next
+        process = subprocess.Popen([sys.executable, "-m", "src.train", *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for line in process.stdout:
+            if f"epoch   {kills + 1}:" in line and kills < 2:
+                time.sleep(0.05)
+                process.kill()
+                kills += 1
+                break
+        process.wait()
+        if process.returncode == 0:
+            break
+        assert not (folder / "weights.safetensors").exists()
+    assert kills == 2 and process.returncode == 0
+    for name in SAME:
+        assert (folder / name).read_bytes() == (run / "fold0" / name).read_bytes(), name
+
+
+def test_finished_folds_are_skipped_and_changed_settings_refused(run, train_flags, capsys):
+    flags = [*train_flags, "--run", str(run)]
+    before = (run / "fold0/weights.safetensors").stat().st_mtime_ns
+    assert train.main(flags) == 0 and "nothing to do" in capsys.readouterr().out
+    assert train.main([*flags, "--mixup-alpha", "1"]) == 1
+    assert "settings.mixup_alpha: 0.4 -> 1.0" in capsys.readouterr().err
+    assert (run / "fold0/weights.safetensors").stat().st_mtime_ns == before
+    assert train.main([*flags, "--fold", "9"]) == 1 and "holds the folds 0, 1, 2" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_names_step_and_files(tmp_path, train_flags, capsys):
+    assert train.main([*train_flags, "--run", str(tmp_path), "--learning-rate", "1e30", "--clip-gradient", "0", "--warmup-epochs", "0"]) == 1
+    error = capsys.readouterr().err
+    assert "the loss is nan" in error and "step" in error and ".ogg" in error and "Traceback" not in error
+    assert not (tmp_path / "fold0/weights.safetensors").exists()
+
+
+def test_a_run_s_config_runs_it_again(run, train_flags):
+    settings = parse(TrainSettings, ["--config", str(run / "fold0/config.yaml")], prog="x", description="")
+    assert settings == parse(TrainSettings, [*train_flags, "--run", str(run)], prog="x", description="")
+
+
+def test_recipes_are_read_flags_beat_them_and_unknown_keys_are_refused(tmp_path):
+    for recipe in ("paper", "cpu", "gpu", "demo"):
+        parse(TrainSettings, ["--config", f"src/recipes/{recipe}.yaml"], prog="x", description="")
+    paper = parse(TrainSettings, ["--config", "src/recipes/paper.yaml", "--epochs", "2"], prog="x", description="")
+    assert (paper.batch_size, paper.learning_rate, paper.epochs, paper.network.asca.attn_patch) == (12, 5e-5, 2, 16)
+    (tmp_path / "bad.yaml").write_text("epoch: 3\n")
+    with pytest.raises(UserError, match="unknown setting.*epoch"):
+        parse(TrainSettings, ["--config", str(tmp_path / "bad.yaml")], prog="x", description="")
+    assert yaml.safe_load(yaml.safe_dump(flatten(paper)))["attn_norm"] == "bn"
+
+
+def test_learning_rate_warms_up_and_falls_along_a_cosine():
+    settings = TrainSettings(epochs=10, warmup_epochs=2, learning_rate=1.0)
+    rates = [learning_rate_at(step, settings, 5) for step in range(50)]
+    assert rates[:10] == pytest.approx(np.arange(1, 11) / 10) and max(rates) == 1 and rates[-1] < 0.01
+    assert rates[30] == pytest.approx(0.5) and all(a >= b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_checkpoints_refuse_a_changed_bit_and_other_files(tmp_path):
+    path = tmp_path / "t.safetensors"
+    save_tensors(path, {"a": torch.arange(100.0)}, {"epoch": 3})
+    tensors, facts = load_tensors(path)
+    assert torch.equal(tensors["a"], torch.arange(100.0)) and facts == {"epoch": 3}
+    content = bytearray(path.read_bytes())
+    content[-50] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="t.safetensors is damaged"):
+        load_tensors(path)
+    torch.save({"a": torch.ones(1)}, path)  # a pickle
+    with pytest.raises(UserError, match="t.safetensors is damaged"):
+        load_tensors(path)
+
+
+def test_evaluate_writes_numbers_and_pictures_and_refuses_mixed_settings(run, train_flags, capsys):
+    assert train.main([*train_flags, "--run", str(run), "--fold", "1"]) == 0
+    assert evaluate.main(["--run", str(run)]) == 0
+    assert {"metrics.md", "metrics.csv", "per_class.csv", "per_class.png"} <= {p.name for p in run.iterdir()}
+    table = pd.read_csv(run / "metrics.csv")
+    assert set(table.fold.astype(str)) == {"0", "1", "pooled"} and (table.low <= table.value).all() and (table.value <= table.high).all()
+    config = run / "fold1/config.yaml"
+    config.write_text(config.read_text().replace("mixup_alpha: 0.4", "mixup_alpha: 0.9"))
+    assert evaluate.main(["--run", str(run)]) == 1 and "settings.mixup_alpha" in capsys.readouterr().err
+    config.write_text(config.read_text().replace("mixup_alpha: 0.9", "mixup_alpha: 0.4"))
+
+
+def test_a_submission_is_scored_against_its_labels(tmp_path):
+    (tmp_path / "s.csv").write_text("row_id,NA,b\nx_5,0.9,0.1\nx_10,0.2,0.3\nx_15,0.1,0.8\n")
+    (tmp_path / "l.csv").write_text("row_id,labels\nx_15,b\nx_5,NA;b\nx_10,\n")
+    scores = score_submission(tmp_path / "s.csv", tmp_path / "l.csv", resamples=10)
+    assert scores["top1"].value == 1 and scores["macro_ap"].value == pytest.approx((1 + (1 + 2 / 3) / 2) / 2)
+    (tmp_path / "l.csv").write_text("row_id,labels\nx_20,b\n")
+    with pytest.raises(UserError, match="lacks 1 of the labelled rows"):
+        score_submission(tmp_path / "s.csv", tmp_path / "l.csv")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -38,24 +39,29 @@ def features(cache: Cache, name: str) -> np.ndarray:
     return np.concatenate([log_mel.mean(axis=0), log_mel.std(axis=0)])
 
 
-@stage
-def main(argv: list[str] | None = None) -> None:
-    settings = parse(BaselineSettings, argv, prog="python -m benchmarks.logistic_baseline", description=__doc__)
-    metadata, cache, fold_of = read_metadata(settings.data, settings.metadata), Cache(settings.cache), read_folds(settings.folds)
+def out_of_fold(data: tuple[Path, ...], metadata_file: Path | None, folds_file: Path, cache_folder: Path) -> pd.DataFrame:
+    """(held-out recordings by filename, classes): each one's probabilities from a model that never saw its fold."""
+    metadata, cache, fold_of = read_metadata(data, metadata_file), Cache(cache_folder), read_folds(folds_file)
     table = metadata.table[metadata.table.filename.isin(cache.names)].reset_index(drop=True)
-    folds = table.filename.map(fold_of).to_numpy()
+    folds = table.filename.map(fold_of).fillna(-1).to_numpy()
     x = np.stack([features(cache, name) for name in table.filename])
-    probability = np.full((len(table), len(metadata.classes)), np.nan)
+    probability = pd.DataFrame(0.0, table.filename, list(metadata.classes))
     for fold in sorted(set(folds[folds >= 0])):
         training, held_out = folds != fold, folds == fold
         model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=2000))
         model.fit(x[training], table.primary_label[training])
-        places = [metadata.classes.index(label) for label in model.classes_]
-        probability[held_out] = 0
-        probability[np.ix_(held_out, places)] = model.predict_proba(x[held_out])
-    scored = folds >= 0
-    target, _ = targets(table, metadata.classes)
-    for name, estimate in metrics.score(target[scored], probability[scored]).items():
+        probability.loc[table.filename[held_out], list(model.classes_)] = model.predict_proba(x[held_out])
+    return probability[folds >= 0]
+
+
+@stage
+def main(argv: list[str] | None = None) -> None:
+    settings = parse(BaselineSettings, argv, prog="python -m benchmarks.logistic_baseline", description=__doc__)
+    probability = out_of_fold(settings.data, settings.metadata, settings.folds, settings.cache)
+    metadata = read_metadata(settings.data, settings.metadata)
+    scored = metadata.table.set_index("filename").loc[probability.index].reset_index()
+    target, _ = targets(scored, metadata.classes)
+    for name, estimate in metrics.score(target, probability.to_numpy()).items():
         say(f"{name:14s} {estimate}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from dataclasses import dataclass
@@ -9,10 +10,13 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from . import audio
 from .console import UserError
 
+LN10 = math.log(10)
 SILENT = 1e-4  # RMS under which a stretch is silence: never amplified to reach a signal-to-noise ratio
 
 
@@ -152,3 +156,15 @@ def draw_mixup(n: int, settings: AugmentSettings, rng: np.random.Generator) -> t
     weight = rng.beta(settings.mixup_alpha, settings.mixup_alpha, n) if settings.mixup_alpha > 0 else np.ones(n)
     mixed = rng.random(n) < settings.mixup_probability
     return partner, np.where(mixed, np.maximum(weight, 1 - weight), 1.0).astype(np.float32)
+
+
+def mix(log_mel: Tensor, target: Tensor, weight: Tensor, settings: AugmentSettings, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Mixup within the batch. Powers are added, as in the air (a mean of decibels would fade both songs); the targets
+    are united or mixed in proportion; a class masked in either crop stays masked."""
+    partner, share = (torch.from_numpy(draw).to(log_mel.device) for draw in draw_mixup(len(log_mel), settings, rng))
+    rows, image = share[:, None], share[:, None, None, None]
+    bels = log_mel / 10
+    other = torch.log10(1 - image + 1e-10) + bels[partner]
+    mixed = torch.where(image < 1, 10 * (torch.logaddexp(LN10 * (torch.log10(image) + bels), LN10 * other) / LN10), log_mel)
+    united = torch.maximum(target, target[partner]) if settings.mixup_target == "union" else rows * target + (1 - rows) * target[partner]
+    return mixed, torch.where(rows < 1, united, target), torch.where(rows < 1, weight * weight[partner], weight)

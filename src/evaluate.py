@@ -13,9 +13,9 @@ from . import metrics, plots
 from .config import differences
 from .console import UserError, say, stage
 from .metadata import Metadata, read_csv, read_metadata, targets
+from .run_config import comparable, read_config
 from .settings import parse
 from .storage import atomic, write_text
-from .train import comparable, read_config
 
 NAMES = {"padded_cmap": "padded cmAP", "macro_ap": "macro AP", "macro_roc_auc": "macro ROC-AUC", "lrap": "LRAP", "top1": "top-1"}
 

@@ -21,9 +21,9 @@ from .console import UserError, say, stage
 from .dataset import to_log_mel
 from .models import ModelSettings, create_model
 from .models.asca import AscaSettings
+from .run_config import read_config
 from .settings import parse
 from .storage import atomic, sha256, write_text
-from .train import read_config
 
 LOGIT_BOUND, PROBABILITY_BOUND = 1e-4, 1e-5  # the first times max(1, the largest logit)
 OPSET = 20

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
 import os
 import queue
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,78 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pandas as pd
 
 from . import audio, submission
 from .config import AudioConfig
 from .console import UserError, progress, say, stage
-from .storage import atomic, safe_cell, sha256
+from .onnx_models import OnnxModel, find_models
+from .storage import atomic, safe_cell
 
 QUEUED_BATCHES = 16  # decoded ahead of the model
-
-
-@dataclass(frozen=True)
-class OnnxModel:
-    """One exported fold: probabilities from log-mel windows, and the facts that its file carries."""
-
-    path: Path
-    session: onnxruntime.InferenceSession
-    audio: AudioConfig
-    classes: tuple[str, ...]
-    prior: np.ndarray  # (n_classes,), in the order of `classes`
-
-    def probabilities(self, log_mel: np.ndarray) -> np.ndarray:
-        """(B, 1, n_mels, window_frames) float32 dB -> (B, n_classes)."""
-        return 1 / (1 + np.exp(-self.session.run(["logits"], {"log_mel": log_mel})[0]))
-
-
-def load_model(path: Path, threads: int) -> OnnxModel:
-    """Opens a model.onnx. Raises UserError where the file differs from its SHA-256 or lacks its facts."""
-    digest = path.with_name(path.name + ".sha256")
-    if not digest.exists() or digest.read_text(encoding="utf-8").split()[:1] != [sha256(path)]:
-        raise UserError(f"{path} is damaged or not the exported file: its SHA-256 is not the one in {digest.name}; "
-                        f"delete it and run python -m src.export --run {path.parent.parent}")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    facts = session.get_modelmeta().custom_metadata_map
-    try:
-        return OnnxModel(path, session, AudioConfig.from_dict(facts["audio"]), tuple(json.loads(facts["classes"])),
-                         np.array(json.loads(facts["prior"]), np.float32))
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path} carries no recipe and classes ({error}); export it with python -m src.export") from error
-
-
-def find_models(runs: Sequence[Path], threads: int) -> list[OnnxModel]:
-    """Every fold's model of the runs; what is not exported yet is exported first, where torch is installed."""
-    models = []
-    for run in runs:
-        folders = [folder for folder in sorted(run.glob("fold*")) if (folder / "model.onnx").exists() or (folder / "weights.safetensors").exists()]
-        if not folders:
-            raise UserError(f"{run} holds no trained fold; train one with python -m src.train --run {run}")
-        if any(_needs_export(folder) for folder in folders):
-            command = [sys.executable, "-m", "src.export", "--run", str(run)]
-            if importlib.util.find_spec("torch") is None:
-                raise UserError(f"{run} is not exported; run python -m src.export --run {run} where torch is installed")
-            if subprocess.run(command).returncode:
-                raise UserError(f"python -m src.export --run {run} failed")
-        models += [load_model(folder / "model.onnx", threads) for folder in folders]
-    for model in models[1:]:
-        if set(model.classes) != set(models[0].classes):
-            raise UserError(f"{model.path} and {models[0].path} know different species; name runs of the same classes")
-    return models
-
-
-def _needs_export(folder: Path) -> bool:
-    """Whether model.onnx is missing or was made from other weights than the ones beside it."""
-    if not (folder / "model.onnx").exists():
-        return True
-    weights = folder / "weights.safetensors"
-    if not weights.exists():
-        return False
-    model = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    return model.get_modelmeta().custom_metadata_map.get("weights_sha256") != sha256(weights)
 
 
 @dataclass

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import platform
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from . import metrics, plots
-from .augment import AugmentSettings, draw_mixup
+from .augment import AugmentSettings, mix
 from .cache import Cache
 from .checkpoint import load_tensors, optimiser_tensors, restore_optimiser, save_tensors
 from .config import differences
@@ -30,10 +28,11 @@ from .dataset import BalancedSampler, Crops, HeldOutWindows, as_is, sampling_sha
 from .folds import read_folds
 from .metadata import Metadata, SecondaryLabels, read_metadata, targets
 from .models import ModelSettings, create_model
+from .predict import choose_device, predict
+from .run_config import comparable, read_config, versions
 from .settings import flatten, parse
 from .storage import atomic, owned, write_text
 
-LN10 = math.log(10)
 GOLDEN_WINDOWS = 16  # held-out windows kept beside the weights: the export is checked on them
 
 
@@ -84,10 +83,6 @@ class TrainSettings:
     network: ModelSettings = field(default_factory=ModelSettings)
 
 
-# Settings that may differ between a run and its continuation: where things are, and what executes them.
-ELSEWHERE = {"data", "folds", "cache", "run", "fold", "metadata", "noise", "device", "workers", "threads", "restart"}
-
-
 class Diverged(UserError):
     """The loss is no number."""
 
@@ -109,56 +104,8 @@ def optimiser_for(model: nn.Module, settings: TrainSettings) -> torch.optim.Adam
                              lr=settings.learning_rate, fused=fused)
 
 
-def mix(log_mel: Tensor, target: Tensor, weight: Tensor, settings: AugmentSettings, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Mixup within the batch. Powers are added, as in the air (a mean of decibels would fade both songs); the targets
-    are united or mixed in proportion; a class masked in either crop stays masked."""
-    partner, share = (torch.from_numpy(draw).to(log_mel.device) for draw in draw_mixup(len(log_mel), settings, rng))
-    rows, image = share[:, None], share[:, None, None, None]
-    bels = log_mel / 10
-    other = torch.log10(1 - image + 1e-10) + bels[partner]
-    mixed = torch.where(image < 1, 10 * (torch.logaddexp(LN10 * (torch.log10(image) + bels), LN10 * other) / LN10), log_mel)
-    united = torch.maximum(target, target[partner]) if settings.mixup_target == "union" else rows * target + (1 - rows) * target[partner]
-    return mixed, torch.where(rows < 1, united, target), torch.where(rows < 1, weight * weight[partner], weight)
-
-
 def bce(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), target, weight=weight)
-
-
-@dataclass(frozen=True)
-class Device:
-    torch: torch.device
-    amp: torch.dtype | None  # autocast's type; None: full precision
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.torch.type, dtype=self.amp, enabled=self.amp is not None)
-
-
-def choose_device(settings: TrainSettings) -> Device:
-    name = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} is not usable: {str(error).splitlines()[0]}") from error
-    precision = settings.precision
-    if precision == "auto":
-        precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return Device(device, {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
-
-
-@torch.no_grad()
-def predict(model: nn.Module, names: list[str], cache: Cache, device: Device, *, batch_size: int, only_first: bool = False) -> np.ndarray:
-    """(n, C) each recording's probability: the mean over its windows. The model is left in eval mode."""
-    model.eval()
-    windows = HeldOutWindows(names, cache, only_first=only_first)
-    logits, places = [], []
-    for window, place in DataLoader(windows, batch_size):
-        with device.autocast():
-            logits.append(model(to_log_mel(window.to(device.torch), cache.config)).float().cpu())
-        places.append(place)
-    probability = pd.DataFrame(torch.cat(logits).sigmoid().numpy()).groupby(torch.cat(places).numpy()).mean()
-    return probability.to_numpy()
 
 
 class FoldTraining:
@@ -171,7 +118,7 @@ class FoldTraining:
         of = np.where(table.is_extra, -1, table.filename.map(folds).fillna(-2)).astype(int)
         self.training, self.held_out = table[(of != fold) & (of != -2)].reset_index(drop=True), table[of == fold].reset_index(drop=True)
         self.classes = metadata.classes
-        self.device = choose_device(settings)
+        self.device = choose_device(settings.device, settings.precision)
         target, weight = targets(self.training, self.classes, settings.secondary_labels, settings.secondary_weight)
         self.prior = target.mean(axis=0).clip(1e-6, 1 - 1e-6)
         self.crops = Crops(self.training, cache, target, weight, settings=settings.augment, noise=settings.noise, seed=settings.seed)
@@ -191,9 +138,6 @@ class FoldTraining:
     @property
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint.safetensors"
-
-    def compared(self) -> dict:
-        return comparable(self.config)
 
     def save(self) -> None:
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()} | optimiser_tensors(self.optimiser)
@@ -218,7 +162,7 @@ class FoldTraining:
         """Trains for one epoch and returns the mean loss. Every draw follows from (seed, epoch, step)."""
         settings, steps = self.settings, len(self.sampler)
         self.sampler.epoch = epoch
-        torch.manual_seed(hash((settings.seed, epoch)) % 2**31)  # drop-path; hash() of integers is the same everywhere
+        torch.manual_seed(int(np.random.SeedSequence((settings.seed, epoch)).generate_state(1)[0]))  # drop-path
         self.model.train()
         total = 0.0
         with progress(loader, what=f"fold {self.fold}, epoch {epoch + 1}/{settings.epochs}", unit="batch") as bar:
@@ -319,34 +263,6 @@ class FoldTraining:
             plots.curves(self.folder / "curves.png", history, f"{self.settings.run.name}, fold {self.fold}")
 
 
-def comparable(config: dict) -> dict:
-    """What must be the same for a run to be continued, and for its folds to be evaluated together."""
-    settings = {key: value for key, value in config["settings"].items() if key not in ELSEWHERE}
-    return {"settings": settings, "audio": config["audio"], "classes": " ".join(config["classes"])}
-
-
-def read_config(folder: Path) -> dict:
-    """A fold's config.yaml. Raises UserError where it is missing or damaged."""
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        comparable(config)
-        return config
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no config.yaml: no fold was trained there; see python -m src.train") from None
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'config.yaml'} is damaged: {error}") from error
-
-
-def versions() -> dict[str, str]:
-    import albumentations
-    import audiomentations
-
-    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
-            "audiomentations": audiomentations.__version__, "albumentations": albumentations.__version__,
-            "commit": commit.stdout.strip() or "unknown"}
-
-
 def train_fold(settings: TrainSettings, fold: int, metadata: Metadata, folds: dict[str, int], cache: Cache) -> None:
     folder = settings.run / f"fold{fold}"
     with owned(folder):
@@ -357,7 +273,7 @@ def train_fold(settings: TrainSettings, fold: int, metadata: Metadata, folds: di
         if training.held_out.empty:
             raise UserError(f"{settings.folds} holds out no cached recording in fold {fold}")
         if (folder / "config.yaml").exists():
-            changed = differences(comparable(read_config(folder)), training.compared())
+            changed = differences(comparable(read_config(folder)), comparable(training.config))
             if changed:
                 raise UserError(f"{folder} was trained with other settings ({'; '.join(changed)}); name another --run, or begin anew with --restart")
         if (folder / "weights.safetensors").exists():

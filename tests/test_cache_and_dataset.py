@@ -10,12 +10,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from src import audio, cache
-from src.augment import AugmentSettings, SpecAugment, WaveformAugment, draw_mixup
+from src.augment import AugmentSettings, SpecAugment, WaveformAugment, draw_mixup, mix
 from src.cache import Cache
 from src.console import UserError
 from src.dataset import BalancedSampler, Crops, HeldOutWindows, as_is, sampling_share, to_log_mel
 from src.metadata import read_metadata, targets
-from src.train import mix
 from tests.conftest import make_data, waveform
 
 

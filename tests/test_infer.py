@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import numpy as np
+import onnxruntime
 import pandas as pd
 import pytest
 import soundfile
@@ -85,7 +86,7 @@ def test_damaged_soundscapes_get_the_prior_and_leave_the_others_alone(tmp_path, 
     pd.testing.assert_frame_equal(table.loc[good.index], good, check_exact=True)
     failures = read_csv(tmp_path / "s_failures.csv").set_index("filename")
     assert set(failures.index) == {"cut.ogg", "empty.ogg", "text.wav", "page.ogg", "head.ogg"} and (failures.cause != "").all()
-    session = infer.onnxruntime.InferenceSession(run / "fold0/model.onnx")
+    session = onnxruntime.InferenceSession(run / "fold0/model.onnx")
     prior = json.loads(session.get_modelmeta().custom_metadata_map["prior"])
     assert (table.index.str.startswith("empty_")).sum() == 4
     np.testing.assert_allclose(table.loc["empty_5"].to_numpy(), prior, atol=1e-6)

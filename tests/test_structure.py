@@ -14,8 +14,8 @@ from src.storage import atomic
 ROOT = Path(__file__).parents[1]
 FLOORS = (
     {"console", "config", "storage", "settings"},
-    {"audio", "metrics", "metadata", "submission", "plots", "checkpoint", "demo_data"},
-    {"folds", "folds_audit", "cache", "augment", "dataset", "models"},
+    {"audio", "metrics", "metadata", "submission", "plots", "checkpoint", "demo_data", "onnx_models", "run_config"},
+    {"folds", "folds_audit", "cache", "augment", "dataset", "models", "predict"},
     {"train", "evaluate", "export", "infer"},
     {"timeline", "demo", "__main__"},
 )

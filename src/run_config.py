@@ -1,0 +1,39 @@
+"""A trained fold's config.yaml: what it holds, and what must not differ between its folds or when it is continued."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+from .console import UserError
+
+# Settings that may differ between a run and its continuation: where things are, and what executes them.
+ELSEWHERE = {"data", "folds", "cache", "run", "fold", "metadata", "noise", "device", "workers", "threads", "restart"}
+
+
+def comparable(config: dict) -> dict:
+    """What must be the same for a run to be continued, and for its folds to be evaluated together."""
+    settings = {key: value for key, value in config["settings"].items() if key not in ELSEWHERE}
+    return {"settings": settings, "audio": config["audio"], "classes": " ".join(config["classes"])}
+
+
+def read_config(folder: Path) -> dict:
+    """A fold's config.yaml. Raises UserError where it is missing or damaged."""
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        comparable(config)
+        return config
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no config.yaml: no fold was trained there; see python -m src.train") from None
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'config.yaml'} is damaged: {error}") from error
+
+
+def versions() -> dict[str, str]:
+    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    packages = ("torch", "numpy", "audiomentations", "albumentations")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}, "commit": commit.stdout.strip() or "unknown"}

@@ -11,7 +11,7 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src import audio, export, infer, submission, timeline
+from src import audio, cache, export, infer, submission, timeline, train
 from src.metadata import read_csv
 from tests.conftest import make_soundscape, waveform
 
@@ -46,6 +46,18 @@ def test_probabilities_are_the_network_s_on_the_file_s_own_log_mel(tmp_path, run
 def test_threads_and_batches_do_not_matter(tmp_path, run, soundscapes, flags):
     one, other = score(run, soundscapes, tmp_path / "a.csv"), score(run, soundscapes, tmp_path / "b.csv", *flags)
     np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_runs_of_different_recipes_are_averaged(tmp_path, data, run, soundscapes, train_flags):
+    assert cache.main(["--data", str(data), "--out", str(tmp_path / "c"), "--n-mels", "64", "--n-fft", "2048", "--window-seconds", "4"]) == 0
+    other = tmp_path / "other"
+    assert train.main([*train_flags, "--cache", str(tmp_path / "c"), "--run", str(other), "--epochs", "1"]) == 0
+    both = tmp_path / "both.csv"
+    first, second = score(run, soundscapes, tmp_path / "a.csv"), score(other, soundscapes, tmp_path / "b.csv")
+    assert infer.main(["--run", str(run), str(other), "--soundscapes", str(soundscapes), "--out", str(both), "--threads", "1"]) == 0
+    n_first, n_second = (len(list(folder.glob("fold*/model.onnx"))) for folder in (run, other))
+    expected = (n_first * first + n_second * second) / (n_first + n_second)
+    np.testing.assert_allclose(pd.read_csv(both, index_col="row_id"), expected, atol=1e-6)
 
 
 def test_overlapping_windows_keep_the_rows(tmp_path, run, soundscapes):

@@ -20,6 +20,7 @@ from benchmarks.logistic_baseline import out_of_fold as baseline
 from benchmarks.machine import about
 from src import evaluate, metrics
 from src.console import UserError, say, stage
+from src.run_config import read_config
 from src.settings import parse
 from src.storage import write_text
 
@@ -69,10 +70,11 @@ def main(argv: list[str] | None = None) -> None:
     ours = pooled[list(metadata.classes)].to_numpy()
     theirs = baseline((settings.data,), settings.metadata, folds, cache).loc[pooled.filename, list(metadata.classes)].to_numpy()
     ours_scores, their_scores = metrics.score(target, ours), metrics.score(target, theirs)
+    commits = sorted({read_config(settings.run / f"fold{fold}")["versions"]["commit"] for fold in by_fold})
     gain = paired_gain(target, ours, theirs, settings.resamples)
     lines = ["# The whole chain on real recordings", "", about(f"python -m benchmarks.real_birds --recipe {settings.recipe}"), "",
              f"{len(pooled)} recordings of {len(metadata.classes)} classes, {len(by_fold)} folds, out of fold and pooled; `{config['settings']['model']}`, "
-             f"{config['settings']['epochs']} epochs from scratch. Logistic regression: mean and standard deviation over time of each mel band, standardised, "
+             f"{config['settings']['epochs']} epochs from scratch, trained at commit {', '.join(commits)}. Logistic regression: mean and standard deviation over time of each mel band, standardised, "
              "C = 1, same folds. Intervals: 95 % bootstraps over recordings; the gain's is paired.", "",
              f"| | {config['settings']['model']} | logistic regression | gain |", "|---|---|---|---|"]
     lines += [f"| {title} | {ours_scores[key]} | {their_scores[key]} | {gain.get(key, '')} |" for key, title in evaluate.NAMES.items()]

@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     gain = paired_gain(target, ours, theirs, settings.resamples)
     lines = ["# The whole chain on real recordings", "", about(f"python -m benchmarks.real_birds --recipe {settings.recipe}"), "",
              f"{len(pooled)} recordings of {len(metadata.classes)} classes, {len(by_fold)} folds, out of fold and pooled; `{config['settings']['model']}`, "
-             f"{config['settings']['epochs']} epochs from scratch, trained at commit {', '.join(commits)}. Logistic regression: mean and standard deviation over time of each mel band, standardised, "
+             f"{config['settings']['epochs']} epochs from scratch, trained at commit {', '.join(commits)}. "
+             "Logistic regression: mean and standard deviation over time of each mel band, standardised, "
              "C = 1, same folds. Intervals: 95 % bootstraps over recordings; the gain's is paired.", "",
              f"| | {config['settings']['model']} | logistic regression | gain |", "|---|---|---|---|"]
     lines += [f"| {title} | {ours_scores[key]} | {their_scores[key]} | {gain.get(key, '')} |" for key, title in evaluate.NAMES.items()]

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Sampler
 
 from . import audio
 from .audio import DamagedAudio
-from .augment import AugmentSettings, SpecAugment, WaveformAugment
+from .augment import AugmentSettings, SpecAugment, WaveformAugment, random_filter, roll
 from .cache import Cache
 from .config import AudioConfig
 
@@ -55,13 +55,18 @@ class Crops(Dataset):
         rng = np.random.default_rng((self.seed, epoch, place))
         name, n_window = self.names[row], self.cache.config.window_frames
         n_frames = self.cache.n_frames(name)
-        start = int(rng.integers(max(1, n_frames - n_window + 1) if n_frames > n_window else n_frames))
+        starts = rng.integers(max(1, n_frames - n_window + 1) if n_frames > n_window else n_frames, size=self.settings.crop_choices)
+        start = int(starts[0] if len(starts) == 1 else max(starts, key=lambda at: self.cache.read(name, int(at), n_window).mean()))
         if self.waveform_augment is not None and rng.random() < self.settings.waveform_probability:
             crop = self.waveform_crop(row, start, rng)
         elif n_frames >= n_window:
             crop = self.cache.read(name, start, n_window)
         else:
             crop = wrap(self.cache.read(name), start, n_window)
+        if self.settings.roll_probability:
+            crop = roll(crop, self.settings.roll_probability, rng)
+        if self.settings.filter_db:
+            crop = random_filter(crop, self.settings.filter_db / self.cache.config.db_step, rng)
         return self.spec_augment(crop, rng)
 
     def waveform_crop(self, row: int, start: int, rng: np.random.Generator | None) -> np.ndarray:

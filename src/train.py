@@ -13,7 +13,6 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -26,9 +25,11 @@ from .config import differences
 from .console import UserError, progress, say, stage
 from .dataset import BalancedSampler, Crops, HeldOutWindows, as_is, sampling_share, to_log_mel
 from .folds import read_folds
+from .losses import Loss, multi_label_loss
 from .metadata import Metadata, SecondaryLabels, read_metadata, targets
 from .models import ModelSettings, create_model
-from .predict import choose_device, predict
+from .models.torchvision_guard import import_timm
+from .predict import choose_device, keep_freed_memory, predict
 from .run_config import comparable, read_config, versions
 from .settings import flatten, parse
 from .storage import atomic, owned, write_text
@@ -59,6 +60,9 @@ class TrainSettings:
     """AdamW's, on weights of two or more dimensions."""
     clip_gradient: float = 1.0
     """The gradient's largest norm; 0: not clipped."""
+    ema_decay: float = 0.0
+    """Of the moving average of the weights, which is then what is scored and kept; it warms up from 0. 0: off."""
+    loss: Loss = "bce"
     label_smoothing: float = 0.0
     """A target of 1 becomes 1 - smoothing."""
     sampling_power: float = 0.5
@@ -104,10 +108,6 @@ def optimiser_for(model: nn.Module, settings: TrainSettings) -> torch.optim.Adam
                              lr=settings.learning_rate, fused=fused)
 
 
-def bce(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits.float(), target, weight=weight)
-
-
 class FoldTraining:
     """Everything one fold needs, and its state: model, optimiser, history."""
 
@@ -127,6 +127,8 @@ class FoldTraining:
         torch.manual_seed(settings.seed)
         self.model = create_model(settings.model, len(self.classes), cache.config, settings.network)
         self.model.to(self.device.torch, memory_format=torch.channels_last)
+        self.ema = import_timm().utils.ModelEmaV3(self.model, decay=settings.ema_decay, use_warmup=True) if settings.ema_decay else None
+        self.kept = self.ema.module if self.ema else self.model  # what is scored, and kept in the end
         self.optimiser = optimiser_for(self.model, settings)
         self.scaler = torch.amp.GradScaler(self.device.torch.type, enabled=self.device.amp == torch.float16)
         self.history: list[dict] = []
@@ -141,11 +143,16 @@ class FoldTraining:
 
     def save(self) -> None:
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()} | optimiser_tensors(self.optimiser)
+        if self.ema:
+            tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.module.state_dict().items()}
         save_tensors(self.checkpoint, tensors, {"history": self.history, "scaler": self.scaler.state_dict()})
 
     def resume(self) -> None:
         tensors, facts = load_tensors(self.checkpoint)
-        self.model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
+        for prefix, module in {"model.": self.model, "ema.": self.kept}.items():
+            part = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            if part:
+                module.load_state_dict(part)
         restore_optimiser(self.optimiser, tensors)
         self.history = facts["history"]
         if facts["scaler"]:
@@ -177,7 +184,7 @@ class FoldTraining:
                 if epoch == 0 and step == 0:
                     self.draw_batch(log_mel, target)
                 with self.device.autocast():
-                    loss = bce(self.model(log_mel), target, weight)
+                    loss = multi_label_loss(self.model(log_mel), target, weight, settings.loss)
                 self.scaler.scale(loss).backward()
                 value = loss.item()
                 if not math.isfinite(value):
@@ -188,6 +195,8 @@ class FoldTraining:
                 self.scaler.step(self.optimiser)
                 self.scaler.update()
                 self.optimiser.zero_grad(set_to_none=True)
+                if self.ema:
+                    self.ema.update(self.model, step=epoch * steps + step + 1)
                 total += value
                 bar.set_postfix(loss=f"{total / (step + 1):.4f}", crops_per_s=f"{(step + 1) * self.sampler.batch_size / bar.format_dict['elapsed']:.0f}"
                                 if bar.format_dict["elapsed"] else "", refresh=False)
@@ -202,7 +211,7 @@ class FoldTraining:
         """Loss, top-1 and macro AP over the first window of each held-out recording: a curve to look at, nothing is selected on it."""
         if self.held_out.empty:
             return {"valid_loss": float("nan"), "valid_top1": float("nan"), "valid_macro_ap": float("nan")}
-        probability = predict(self.model, self.held_out.filename.tolist(), self.cache, self.device,
+        probability = predict(self.kept, self.held_out.filename.tolist(), self.cache, self.device,
                               batch_size=self.settings.batch_size, only_first=True)
         target, weight = targets(self.held_out, self.classes, self.settings.secondary_labels, self.settings.secondary_weight)
         clipped = probability.clip(1e-7, 1 - 1e-7)
@@ -221,7 +230,7 @@ class FoldTraining:
         """Out-of-fold predictions, golden windows, and the weights last: where they lie, the fold is done."""
         names = self.held_out.filename.tolist()
         if names:
-            probability = predict(self.model, names, self.cache, self.device, batch_size=self.settings.batch_size)
+            probability = predict(self.kept, names, self.cache, self.device, batch_size=self.settings.batch_size)
             oof = pd.DataFrame(probability, columns=list(self.classes))
             oof.insert(0, "filename", names)
         else:
@@ -231,7 +240,7 @@ class FoldTraining:
         windows = HeldOutWindows((names or self.training.filename.tolist())[:GOLDEN_WINDOWS], self.cache, only_first=True)
         golden = torch.stack([windows[item][0] for item in range(len(windows))])
         save_tensors(self.folder / "golden_windows.safetensors", {"windows": golden}, {})
-        save_tensors(self.folder / "weights.safetensors", self.model.state_dict(), {"model": self.settings.model})
+        save_tensors(self.folder / "weights.safetensors", self.kept.state_dict(), {"model": self.settings.model})
         self.checkpoint.unlink(missing_ok=True)
 
     def run(self) -> None:
@@ -290,6 +299,7 @@ def train_fold(settings: TrainSettings, fold: int, metadata: Metadata, folds: di
 @stage
 def main(argv: list[str] | None = None) -> None:
     settings = parse(TrainSettings, argv, prog="python -m src.train", description=__doc__)
+    keep_freed_memory()
     torch.set_num_threads(settings.threads or os.cpu_count() or 1)
     metadata, folds, cache = read_metadata(settings.data, settings.metadata), read_folds(settings.folds), Cache(settings.cache)
     names = metadata.table.filename[~metadata.table.is_extra]

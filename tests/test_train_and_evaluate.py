@@ -13,8 +13,9 @@ from src.checkpoint import load_tensors, save_tensors
 from src.console import UserError
 from src.evaluate import score_submission
 from src.folds import read_folds
+from src.optimiser import learning_rate_at
 from src.settings import flatten, parse
-from src.train import TrainSettings, learning_rate_at
+from src.train_settings import TrainSettings
 
 SAME = ("weights.safetensors", "oof.csv", "history.csv", "golden_windows.safetensors")
 

@@ -118,8 +118,8 @@ def _encode(job: tuple[str, str, AudioConfig]) -> tuple[bytes, str, int, int]:
     try:
         stream = audio.LogMelStream(config)
         blocks = [stream.push(block) for block in audio.read_blocks(path, config.sample_rate)] + [stream.finish()]
-        above = sum(int((block > config.db_max).sum()) for block in blocks)
-        below = sum(int((block < config.db_min - config.db_step / 2).sum()) for block in blocks)  # silence is db_min, to a float's rounding
+        above = sum(int(np.count_nonzero(block > config.db_max)) for block in blocks)
+        below = sum(int(np.count_nonzero(block < config.db_min - config.db_step / 2)) for block in blocks)  # silence is db_min, to a float's rounding
         return b"".join(np.ascontiguousarray(audio.to_uint8(block, config).T).tobytes() for block in blocks), "", above, below
     except audio.DamagedAudio as error:
         return b"", str(error), 0, 0

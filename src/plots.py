@@ -86,7 +86,9 @@ def curves_of_folds(path: Path, histories: dict[int, pd.DataFrame], heading: str
             axes.plot(history.epoch, history[column], marker=".", linewidth=1, label=f"fold {fold}")
         if len(histories) > 1:
             axes.plot(mean.index, mean[column], color="black", linewidth=2, label="mean")
-        axes.set(xlabel="epoch", title=title, **({"ylim": (0, 1)} if column in ("valid_top1", "valid_macro_ap") else {}))
+        axes.set(xlabel="epoch", title=title, xlim=(mean.index[0] - 0.5, mean.index[-1] + 0.5))
+        if not column.endswith("loss"):
+            axes.set_ylim(0, 1)
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.axes[0].legend(fontsize=8)
     save(figure, path)
@@ -150,6 +152,8 @@ def spectrogram_pairs(path: Path, pairs: Sequence[Sequence[tuple[np.ndarray | No
                 continue
             draw_spectrogram(axes, log_mel, config)
             axes.set(xlim=(0, config.window_seconds), ylabel="Hz")
+    for axes in figure.axes[-2:]:
+        axes.set_xlabel("seconds")
     save(figure, path)
 
 
@@ -167,6 +171,9 @@ def per_class_chart(path: Path, table: pd.DataFrame, heading: str) -> None:
     bars.legend()
     scatter.scatter(table.recordings, table.ap, s=12)
     scatter.set(xlabel="recordings of the class", ylabel="average precision", ylim=(0, 1), xscale="log")
+    ticks = [n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if table.recordings.min() / 2 <= n <= 2 * table.recordings.max()]
+    scatter.set_xticks(ticks, ticks)
+    scatter.minorticks_off()
     save(figure, path)
 
 

@@ -109,7 +109,7 @@ def what_was_trained(oof: OutOfFold, settings: dict) -> list[str]:
              for fold, config in oof.configs.items()]
     config, data = next(iter(oof.configs.values())), oof.metadata.table
     versions = {key: sorted({str(c["versions"].get(key)) for c in oof.configs.values()}) for key in config["versions"] if key != "commit"}
-    damaged = "" if oof.cache is None else f", {len(oof.cache.damaged)} of them damaged and left out"
+    damaged = "" if oof.cache is None else f", {data.filename.isin(list(oof.cache.damaged)).sum()} of them damaged and left out"
     return ["## What was trained", "", "Settings that differ from the defaults:", *table(["setting", "here", "default"], changed),
             "<details><summary>All settings</summary>", *table(["setting", "value"], settings.items()), "</details>", "",
             "**Folds**", *table(["fold", "recordings in training", "held out", "commit"], folds),
@@ -159,7 +159,8 @@ def calibration(oof: OutOfFold) -> list[str]:
         hits = (reached & truth).sum()
         rows.append((threshold, int(reached.sum()), three(hits / reached.sum()) if reached.any() else NONE, three(hits / truth.sum())))
     return ["## Calibration", "", f"Expected calibration error (0: of what is given a probability of 0.7, 70 % are there): {errors}. "
-            "The first is small where most classes are rightly near 0, whatever the rest: read the curve. Probabilities are of whole recordings; a single window of a soundscape has fewer species in it, so choose its threshold on soundscapes.",
+            "The first is small where most classes are rightly near 0, whatever the rest: read the curve. "
+            "Probabilities are of whole recordings: choose a threshold for a soundscape's windows on soundscapes.",
             *picture("calibration.png", "reliability diagram"),
             *table(["threshold", "detections", "share of them right", "share of what is there found"], rows)]
 
@@ -170,7 +171,7 @@ def confusions(oof: OutOfFold) -> list[str]:
     pairs, shown = mistakes.confused_pairs(matrix, names), mistakes.shown_classes(matrix, MATRIX_CLASSES)
     part = "" if matrix.sum() == matrix[np.ix_(shown, shown)].sum() else f", the {len(shown)} classes of the most confused pairs"
     plots.confusion_matrix(oof.run / "confusions.png", matrix, shown, names, f"{plots.plain(oof.run.name)}: out of fold{part}")
-    lines = ["## Confused pairs", "", f"{count(int(pairs.recordings.sum()), 'recording')} of {len(primary):,} had a class as their likeliest that is not theirs.",
+    lines = ["## Confused pairs", "", f"Taken for a class that is not theirs: {int(pairs.recordings.sum()):,} of {count(len(primary), 'recording')}.",
              *picture("confusions.png", "confusion matrix")]
     if len(pairs):
         rows = [(pair.primary_label, pair.taken_for, pair.recordings, pair.held_out, f"{pair.share:.0%}") for pair in pairs[:PAIRS].itertuples()]

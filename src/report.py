@@ -17,7 +17,7 @@ from .cache import Cache
 from .metadata import Metadata
 from .settings import flatten
 from .storage import safe_cell, write_text
-from .train import TrainSettings
+from .train_settings import TrainSettings
 
 PAIRS, LISTED, DRAWN, RANKED = 15, 20, 6, 10  # confused pairs, worst mistakes, those with spectrograms, best and worst classes
 MATRIX_CLASSES = 30  # as many as a confusion matrix can show readably
@@ -124,7 +124,7 @@ def training(oof: OutOfFold) -> list[str]:
     if not histories:
         return ["## Training", "", "No fold has a history.csv.", ""]
     plots.curves_of_folds(oof.run / "training.png", histories, f"{plots.plain(oof.run.name)}: training, fold by fold")
-    return ["## Training", "", "Held out: the first window of each recording. Nothing is selected on it: the last epoch's weights are used.",
+    return ["## Training", "", "Held out: the first window of each recording. Nothing is selected on it: the last epoch's weights, or their moving average where it is on, are used.",
             *picture("training.png", "loss and held-out scores over the epochs")]
 
 

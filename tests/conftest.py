@@ -18,7 +18,7 @@ def make_data(root: Path, per_species: int = 6) -> pd.DataFrame:
     rng, rows = np.random.default_rng(1), []
     for species in SPECIES[:3]:
         for number in range(per_species):
-            seconds = (2.5, 5.0, 6.3, 7.777)[number % 4]  # shorter than a window, one window, longer
+            seconds = (2.5, 4.99, 6.3, 7.777)[number % 4]  # shorter than a window, exactly one (500 frames), longer
             sound = noise(seconds, "wind", rng) * 0.01
             sing(sound, species, 0.1, 0.3, rng)
             name = f"{species.code}/XC{species.code}{number}.ogg"

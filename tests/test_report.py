@@ -16,7 +16,7 @@ from src.cache import Cache
 from src.config import AudioConfig
 from src.report import text
 from src.settings import flatten
-from src.train import TrainSettings
+from src.train_settings import TrainSettings
 
 
 def open_report(run) -> str:

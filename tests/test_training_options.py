@@ -25,7 +25,7 @@ from .conftest import make_data
 
 
 def test_two_processes_score_the_same_recordings_and_learn_the_same_way(tmp_path, run, train_flags):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "src.train"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "src.train", "--"]  # torchrun takes --run for its own
     done = subprocess.run([*command, *train_flags, "--run", str(tmp_path), "--device", "cpu", "--ema-decay", "0.9"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("epoch   3:") == 1 and "2 x cpu" in done.stdout  # one process speaks
@@ -47,8 +47,8 @@ def test_processes_and_parts_share_the_same_crops(processes, accumulate):
 
 
 def test_a_batch_in_parts_is_one_step_and_the_average_is_what_is_kept(tmp_path, train_flags, capsys):
-    flags = [*train_flags, "--epochs", "1", "--batch-size", "6", "--accumulate", "3", "--ema-decay", "0.9", "--loss", "focal", "--head", "gem", "--roll-probability", "1",
-             "--filter-db", "6", "--crop-choices", "2"]
+    flags = [*train_flags, "--epochs", "1", "--batch-size", "6", "--accumulate", "3", "--ema-decay", "0.9", "--loss", "focal", "--head", "gem",
+             "--roll-probability", "1", "--filter-db", "6", "--crop-choices", "2"]
     assert train.main([*flags, "--run", str(tmp_path)]) == 0
     weights, _ = load_tensors(tmp_path / "fold0/weights.safetensors")
     assert weights["network.head.power"].shape == ()
@@ -63,7 +63,7 @@ def test_losses_equal_timm_and_torch():
     from timm.loss import AsymmetricLossMultiLabel
 
     ones = torch.ones_like(target)
-    assert multi_label_loss(logits, target, ones, "asymmetric") * 35 == pytest.approx(AsymmetricLossMultiLabel()(logits, target).item(), rel=1e-5)
+    assert multi_label_loss(logits, target, ones, "asymmetric") * 7 == pytest.approx(AsymmetricLossMultiLabel()(logits, target).item(), rel=1e-5)
     p = torch.where(target == 1, logits.sigmoid(), 1 - logits.sigmoid())
     assert multi_label_loss(logits, target, ones, "focal").item() == pytest.approx((-(1 - p) ** 2 * p.log()).mean().item(), rel=1e-4)
     masked = multi_label_loss(logits, target, torch.zeros_like(target).index_fill(1, torch.tensor([2]), 1), "bce")
@@ -81,7 +81,7 @@ def test_attention_head_weighs_time_steps():
 
 
 def test_roll_keeps_the_frames_and_filters_keep_silence(rng):
-    crop = rng.integers(1, 200, (50, 128)).astype(np.uint8)
+    crop = rng.integers(20, 200, (50, 128)).astype(np.uint8)
     crop[:10] = 0
     turned = roll(crop, 1.0, rng)
     assert sorted(map(bytes, turned)) == sorted(map(bytes, crop))

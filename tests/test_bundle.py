@@ -39,6 +39,7 @@ def test_the_metadata_are_what_the_kaggle_command_takes(built):
     data, kernel = (json.loads((built / name).read_text()) for name in bundle.METADATA)
     assert data["id"] == "someone/asca-birdclef" and 6 <= len(data["title"]) <= 50 and len(data["licenses"]) == 1
     assert kernel["id"] == "someone/asca-birdclef-submission" and kernel["title"].lower().replace(" ", "-") == kernel["id"].split("/")[1]
+    assert bundle.download_command() in (bundle.ROOT / "README.md").read_text(), "the README names another onnxruntime than the one installed"
     assert kernel["dataset_sources"] == [data["id"]] and (built / kernel["code_file"]).exists() and kernel["enable_internet"] is False
 
 

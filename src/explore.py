@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from . import audio, folds, plots
 from .config import AudioConfig
@@ -114,7 +115,9 @@ def draw_places(path: Path, table: pd.DataFrame) -> Path:
         world.text(-178, level + 1, name, fontsize=7, color="0.4")
     counts, x, y = np.histogram2d(*places.T, bins=(np.arange(-180, 181, 10), np.arange(-90, 91, 10)))
     column, row = np.unravel_index(counts.argmax(), counts.shape)
-    near.set(xlim=(x[column] - 5, x[column + 1] + 5), ylim=(y[row] - 5, y[row + 1] + 5), aspect="equal", title="around the densest 10 degrees")
+    inside = (np.digitize(places[:, 0], x) == column + 1) & (np.digitize(places[:, 1], y) == row + 1)
+    centre = np.median(places[inside], axis=0)
+    near.set(xlim=centre[0] + np.array([-10, 10]), ylim=centre[1] + np.array([-10, 10]), aspect="equal", title="around the densest 10 degrees")
     return _save(figure, path)
 
 
@@ -162,5 +165,10 @@ def _empty(figure: Figure, axes: list[Axes], why: str) -> Figure:
 
 
 def _save(figure: Figure, path: Path) -> Path:
+    for each in figure.axes:
+        for axis in (each.xaxis, each.yaxis):
+            if axis.get_scale() == "log":  # 4, 6, 10 rather than powers of ten
+                axis.set_major_formatter(LogFormatter())
+                axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     plots.save(figure, path, dpi=80)
     return path

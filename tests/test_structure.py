@@ -14,10 +14,10 @@ from src.storage import atomic
 ROOT = Path(__file__).parents[1]
 FLOORS = (
     {"console", "config", "storage", "settings"},
-    {"audio", "metrics", "metadata", "submission", "plots", "checkpoint", "demo_data", "onnx_models", "run_config", "kaggle"},
+    {"audio", "metrics", "metadata", "submission", "plots", "checkpoint", "demo_data", "onnx_models", "run_config"},
     {"folds", "folds_audit", "cache", "augment", "dataset", "models", "predict"},
     {"train", "evaluate", "export", "infer"},
-    {"timeline", "golden", "bundle", "explore", "demo", "__main__"},
+    {"timeline", "kaggle", "golden", "bundle", "explore", "demo", "__main__"},
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 

@@ -110,12 +110,14 @@ def test_what_cannot_be_bundled_is_refused(tmp_path, run, capsys):
 def test_a_wheel_is_installed_where_its_package_is_absent(tmp_path):
     """Into an environment of its own; the wheel is made here, and named onnxruntime so that the last look finds it."""
     wheel = tmp_path / "bundle/wheels/onnxruntime-9.9-py3-none-any.whl"
-    wheel.parent.mkdir(parents=True)
-    with zipfile.ZipFile(wheel, "w") as file:
+    for folder in ("downloaded", "bundle"):
+        (tmp_path / folder).mkdir()
+    with zipfile.ZipFile(tmp_path / "downloaded" / wheel.name, "w") as file:
         file.writestr("onnxruntime.py", "made = True\n")
         file.writestr("onnxruntime-9.9.dist-info/METADATA", "Metadata-Version: 2.1\nName: onnxruntime\nVersion: 9.9\n")
         file.writestr("onnxruntime-9.9.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         file.writestr("onnxruntime-9.9.dist-info/RECORD", "")
+    bundle.write_wheels(tmp_path / "downloaded", wheel.parent)
     borrowed = tmp_path / "borrowed"  # the few packages that the code and pip's start need
     borrowed.mkdir()
     for name in ("pip", "tqdm", "filelock"):

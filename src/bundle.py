@@ -61,6 +61,8 @@ def sources(package: Path, entries: tuple[str, ...]) -> list[str]:
 def write_models(runs: tuple[Path, ...], out: Path) -> None:
     """Every fold's model.onnx and its digest; what is not exported yet is exported first."""
     names = [run.resolve().name for run in runs]
+    if not names:
+        raise UserError("--run names no run")
     if len(set(names)) < len(names):
         raise UserError(f"--run: two runs are named {max(names, key=names.count)}; rename one")
     for run, name in zip(runs, names):

@@ -101,6 +101,7 @@ def test_what_cannot_be_bundled_is_refused(tmp_path, run, capsys):
     for flags, message in (([*base, str(tmp_path / "mine")], "is no bundle"), ([*base, str(tmp_path / "b"), "--title", "ASCA"], "6 to 39"),
                            ([*base, str(tmp_path / "b"), "--wheels", str(tmp_path)], "pip download onnxruntime=="),
                            (["--run", str(run), str(tmp_path / "run"), "--out", str(tmp_path / "b")], "two runs are named run"),
+                           (["--run", "--out", str(tmp_path / "b")], "names no run"),
                            (["--run", str(tmp_path / "none"), "--out", str(tmp_path / "b")], "holds no trained fold")):
         assert bundle.main(flags) == 1
         assert message in capsys.readouterr().err

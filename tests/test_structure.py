@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     {"console", "config", "storage", "settings"},
     {"audio", "metrics", "metadata", "submission", "plots", "checkpoint", "demo_data", "onnx_models", "run_config"},
-    {"folds", "folds_audit", "cache", "augment", "dataset", "models", "predict"},
-    {"train", "evaluate", "export", "infer"},
+    {"folds", "folds_audit", "cache", "augment", "dataset", "models", "predict", "mistakes"},
+    {"train", "report", "evaluate", "export", "infer"},
     {"timeline", "kaggle", "golden", "bundle", "explore", "demo", "__main__"},
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

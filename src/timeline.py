@@ -33,10 +33,11 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument("--soundscapes", type=Path, required=True)
     options.add_argument("--labels", type=Path, help="CSV of row_id and labels, drawn as outlines")
     options.add_argument("--out", type=Path, required=True, help="folder of the pictures")
+    options.add_argument("--first", type=int, metavar="N", help="draw only the first N soundscapes")
     options = options.parse_args(argv)
     table, config = read_csv(options.submission).set_index("row_id"), AudioConfig()
     classes = table.columns.tolist()
-    soundscapes = find_soundscapes(options.soundscapes, SHOWN_SECONDS)
+    soundscapes = find_soundscapes(options.soundscapes, SHOWN_SECONDS)[: options.first]
     for soundscape in progress(soundscapes, what="drawing", unit="file"):
         n = min(soundscape.n_rows, round(SHOWN_SECONDS / submission.ROW_SECONDS))
         ids = submission.row_ids(soundscape.path.stem, n)

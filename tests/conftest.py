@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from src import cache, export, folds, train
+from src import bundle, cache, export, folds, train
 from src.demo_data import RATE, SPECIES, noise, sing, write_audio
 
 TRAIN = ("--model", "asca_test", "--input-side", "64", "--epochs", "3", "--batch-size", "6", "--threads", "1", "--fold", "0")
@@ -69,6 +69,14 @@ def run(data: Path, train_flags: list[str]) -> Path:
     out = data / "run"
     assert train.main([*train_flags, "--run", str(out)]) == 0
     assert export.main(["--run", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def built(data: Path, run: Path) -> Path:
+    """The run's bundle for Kaggle."""
+    out = data / "bundle"
+    assert bundle.main(["--run", str(run), "--out", str(out), "--owner", "someone"]) == 0
     return out
 
 

@@ -17,7 +17,7 @@ FLOORS = (
     {"audio", "metrics", "metadata", "submission", "plots", "checkpoint", "demo_data", "onnx_models", "run_config"},
     {"folds", "folds_audit", "cache", "augment", "dataset", "models", "predict", "mistakes"},
     {"train", "report", "evaluate", "export", "infer"},
-    {"timeline", "demo", "__main__"},
+    {"timeline", "kaggle", "golden", "bundle", "explore", "demo", "__main__"},
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 

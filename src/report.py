@@ -124,7 +124,8 @@ def training(oof: OutOfFold) -> list[str]:
     if not histories:
         return ["## Training", "", "No fold has a history.csv.", ""]
     plots.curves_of_folds(oof.run / "training.png", histories, f"{plots.plain(oof.run.name)}: training, fold by fold")
-    return ["## Training", "", "Held out: the first window of each recording. Nothing is selected on it: the last epoch's weights, or their moving average where it is on, are used.",
+    return ["## Training", "", "Held out: the first window of each recording. Nothing is selected on it: the last epoch's weights, or their moving average "
+            "where it is on, are used.",
             *picture("training.png", "loss and held-out scores over the epochs")]
 
 

@@ -25,8 +25,8 @@ from .conftest import make_data
 
 
 def test_two_processes_score_the_same_recordings_and_learn_the_same_way(tmp_path, run, train_flags):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "src.train", "--"]  # torchrun takes --run for its own
-    done = subprocess.run([*command, *train_flags, "--run", str(tmp_path), "--device", "cpu", "--ema-decay", "0.9"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "src.train"]
+    done = subprocess.run([*command, "--", *train_flags, "--run", str(tmp_path), "--device", "cpu", "--ema-decay", "0.9"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("epoch   3:") == 1 and "2 x cpu" in done.stdout  # one process speaks
     ours, alone = (pd.read_csv(folder / "fold0/oof.csv") for folder in (tmp_path, run))

@@ -94,8 +94,7 @@ def timeline(path: Path, log_mel: np.ndarray, probabilities: np.ndarray, classes
     figure = Figure(figsize=(14, 3 + 0.28 * len(shown)), layout="constrained")
     figure.suptitle(heading)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 0.28 * len(shown)))
-    step = max(1, log_mel.shape[1] // 2000)  # as many columns as a screen shows
-    draw_spectrogram(top, log_mel[:, ::step], config, log_mel.shape[1] / config.frames_per_second)
+    draw_spectrogram(top, log_mel, config, seconds)
     top.set_ylabel("Hz")
     image = bottom.imshow(probabilities[:, shown].T, aspect="auto", cmap="Greens", vmin=0, vmax=1, interpolation="nearest",
                           extent=(0, seconds, len(shown) - 0.5, -0.5))

@@ -13,8 +13,8 @@ from src.storage import atomic
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    {"console", "config", "storage", "settings"},
-    {"audio", "metrics", "metadata", "submission", "plots", "checkpoint", "demo_data", "onnx_models", "run_config"},
+    {"console", "config", "storage", "settings", "competitions", "deadline"},
+    {"audio", "metrics", "metadata", "submission", "plots", "checkpoint", "demo_data", "onnx_models", "run_config", "soundscapes", "scoring", "detections"},
     {"folds", "folds_audit", "cache", "augment", "dataset", "models", "predict"},
     {"train", "evaluate", "export", "infer"},
     {"timeline", "demo", "__main__"},

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 SAFETY = 1.1  # a forecast must fit this many times
 DECAY = 0.98  # the pace remembers some 50 batches: one that stalls does not decide, a machine that slows down does
-MEASURED_BATCHES = 4  # before the first decision
+MEASURED_BATCHES = 4  # before the first decision; two do where they took a twentieth of the time
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Guard:
                  clock: Callable[[], float] = time.monotonic) -> None:
         self.clock, self.limited = clock, seconds is not None
         self.ends = clock() + seconds if seconds is not None else float("inf")
+        self._late = clock() + 0.05 * seconds if seconds is not None else float("inf")
         self.reserve = 0.0  # seconds that the last write and its validation need
         self.plan, self.full_hop_seconds = Plan(hop_seconds, n_models), full_hop_seconds  # the latter: windows side by side
         self.rows_left = float(n_rows)
@@ -82,7 +83,7 @@ class Guard:
         return self.rows_left * (self.other_pace.per_unit + windows * sum(pace.per_unit for pace in self.model_pace[: plan.n_models]))
 
     def measured(self) -> bool:
-        return self.other_pace.n >= MEASURED_BATCHES
+        return self.other_pace.n >= MEASURED_BATCHES or (self.other_pace.n >= 2 and self.clock() > self._late)
 
     def poorer(self) -> list[Plan]:
         """What can still be dropped, one thing after the other."""

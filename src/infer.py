@@ -21,7 +21,7 @@ from .scoring import TIME_WAS_UP, Ensemble, score
 from .soundscapes import Soundscape, find_soundscapes
 from .storage import atomic, safe_cell, sha256
 
-MARGIN_SECONDS, MARGIN_SHARE = 1.0, 0.02  # of the time limit kept free, beside twice what the last write and its validation take
+MARGIN_SECONDS, MARGIN_SHARE = 2.0, 0.02  # of the time limit kept free, beside twice what the last write and its validation take
 
 
 def choose_columns(models: list[OnnxModel], sample: Path | None, soundscapes: Path) -> tuple[str, ...]:

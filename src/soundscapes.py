@@ -71,8 +71,8 @@ class Overview:
 
     def image(self, seconds: float) -> np.ndarray:
         """(n_mels, columns) dB of the first `seconds`; what was not decoded is silence."""
-        last = [self.rest.max(axis=1, keepdims=True)] if self.rest.shape[1] else []
-        image = np.concatenate([*self.columns, *last], axis=1)[:, : self._n_columns(seconds)]
+        last = self.rest.max(axis=1, keepdims=True) if self.rest.shape[1] else self.rest
+        image = np.concatenate([*self.columns, last], axis=1)[:, : self._n_columns(seconds)]
         return np.pad(image, ((0, 0), (0, self._n_columns(seconds) - image.shape[1])), constant_values=self.config.db_min)
 
     def _n_columns(self, seconds: float) -> int:

@@ -70,7 +70,7 @@ def test_scoring_ends_in_time_whatever_the_pace_does(share, costs, hop, late):
 def slow(tmp_path_factory):
     root = tmp_path_factory.mktemp("slow")
     for number in range(2):
-        slow_model(root / f"run/fold{number}", layers=4, seed=number)
+        slow_model(root / f"run/fold{number}", layers=12, seed=number)
     for number in range(3):
         make_soundscape(root / f"soundscapes/s_{number}.ogg", 60.0, seed=number)
     return root
@@ -78,7 +78,7 @@ def slow(tmp_path_factory):
 
 def test_a_limit_that_is_far_too_short_leaves_a_valid_submission(slow, capsys):
     flags = ["--run", str(slow / "run"), "--soundscapes", str(slow / "soundscapes"), "--out", str(slow / "t.csv"), "--threads", "1"]
-    assert infer.main([*flags, "--time-limit", "0.05"]) == 0
+    assert infer.main([*flags, "--time-limit", "0.06"]) == 0
     text = capsys.readouterr().out
     table = pd.read_csv(slow / "t.csv", index_col="row_id")
     assert "filled with the prior" in text and "the time was up before" in text and len(table) == 36

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     {"console", "config", "storage", "settings", "competitions", "deadline"},
     {"audio", "metrics", "metadata", "submission", "plots", "checkpoint", "demo_data", "onnx_models", "run_config", "soundscapes", "scoring", "detections"},
-    {"folds", "folds_audit", "cache", "augment", "dataset", "models", "predict"},
+    {"prepare", "folds", "folds_audit", "cache", "augment", "dataset", "models", "predict"},
     {"train", "evaluate", "export", "infer"},
     {"timeline", "demo", "__main__"},
 )

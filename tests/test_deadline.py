@@ -93,9 +93,9 @@ def test_a_competition_sets_the_expected_length_and_the_limit(slow, tmp_path, ca
     (tmp_path / "test").mkdir()
     (tmp_path / "test/BC2026_Test_0001_S05_20250227_010002.ogg").write_bytes(b"broken")
     flags = ["--run", str(slow / "run"), "--soundscapes", str(tmp_path / "test"), "--out", str(tmp_path / "s.csv")]
-    for more, rows, limited in (([], 120, False), (["--competition", "birdclef-2026"], 12, True),
+    for more, rows, prior_first in (([], 120, False), (["--competition", "birdclef-2026"], 12, True),
                                 (["--competition", "birdclef-2024", "--time-limit", "0"], 48, False)):
-        assert infer.main([*flags, *more]) == 0 and ("filled with the prior" in capsys.readouterr().out) == limited
+        assert infer.main([*flags, *more]) == 0 and ("filled with the prior" in capsys.readouterr().out) == prior_first
         assert read_csv(tmp_path / "s.csv").row_id.tolist() == [f"BC2026_Test_0001_S05_20250227_010002_{5 * k}" for k in range(1, rows + 1)]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import metrics
+from . import competitions, metrics
 from .cache import Cache
 from .config import differences
 from .console import UserError, say, stage
@@ -34,6 +34,8 @@ class EvaluateSettings:
     """Score this submission instead of a run ..."""
     labels: Path | None = None
     """... against this CSV of row_id and labels (separated by blanks or semicolons)."""
+    competition: str = competitions.DEFAULT
+    """Whose metric comes first among a submission's scores."""
 
 
 def read_oof(folder: Path, classes: list[str]) -> pd.DataFrame:
@@ -173,9 +175,11 @@ def main(argv: list[str] | None = None) -> None:
     if settings.submission is None:
         evaluate_run(settings)
         return
-    say(f"{settings.submission} against {settings.labels}, with 95 % intervals over rows:")
-    for name, estimate in score_submission(settings.submission, settings.labels, settings.resamples).items():
-        say(f"  {NAMES[name]:14s} {estimate}")
+    first = competitions.competition(settings.competition).metric
+    scores = score_submission(settings.submission, settings.labels, settings.resamples)
+    say(f"{settings.submission} against {settings.labels}, with 95 % intervals over rows; {settings.competition}'s metric is {NAMES[first]}:")
+    for name in sorted(scores, key=lambda name: name != first):
+        say(f"  {NAMES[name]:14s} {scores[name]}")
 
 
 if __name__ == "__main__":

@@ -1,186 +1,27 @@
-"""STAGE 6: soundscapes + models -> submission.csv. On a CPU, without torch."""
+"""STAGE 6: soundscapes + models -> submission.csv, and detections for people. On a CPU, without torch."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import queue
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from . import audio, submission
-from .config import AudioConfig
-from .console import UserError, progress, say, stage
+from . import competitions, detections, submission
+from .console import UserError, say, stage
+from .deadline import Guard
 from .onnx_models import OnnxModel, find_models
-from .storage import atomic, safe_cell
+from .scoring import TIME_WAS_UP, Ensemble, score
+from .soundscapes import Soundscape, find_soundscapes
+from .storage import atomic, safe_cell, sha256
 
-QUEUED_BATCHES = 16  # decoded ahead of the model
-
-
-@dataclass
-class Soundscape:
-    """One long recording on its way to rows."""
-
-    path: Path
-    n_rows: int
-    seconds_decoded: float = 0.0
-    fault: str = ""
-
-
-def find_soundscapes(folder: Path, expected_seconds: float) -> list[Soundscape]:
-    """The audio files of a folder, by name, with their numbers of rows from their headers."""
-    if not folder.is_dir():
-        raise UserError(f"--soundscapes {folder} is no folder")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in audio.SUFFIXES and path.is_file())
-    stems = pd.Series([path.stem for path in paths], dtype=str)
-    if stems.duplicated().any():
-        raise UserError(f"{folder}: two files are named {stems[stems.duplicated()].iloc[0]}; rows are named by the stem, so rename one")
-    soundscapes = []
-    for path in paths:
-        try:
-            soundscapes.append(Soundscape(path, submission.n_rows(audio.read_header(path).seconds)))
-        except audio.DamagedAudio as error:
-            soundscapes.append(Soundscape(path, submission.n_rows(expected_seconds), fault=f"no readable header: {error}"))
-    return soundscapes
-
-
-class WindowStream:
-    """Waveform blocks -> windows (1, n_mels, window_frames) cut from the file's own log-mel, in bounded memory."""
-
-    def __init__(self, config: AudioConfig, starts: np.ndarray) -> None:
-        self.config, self.stream = config, audio.LogMelStream(config)
-        self.starts = np.rint(starts * config.frames_per_second).astype(int)  # frames
-        self.next, self.first_frame = 0, 0  # the next window; the frame at which `frames` begins
-        self.frames = np.empty((config.n_mels, 0), np.float32)
-
-    def push(self, block: np.ndarray) -> list[np.ndarray]:
-        return self._cut(self.stream.push(block))
-
-    def finish(self) -> list[np.ndarray]:
-        """The windows that reach over the end: padded with silence."""
-        windows = self._cut(self.stream.finish())
-        end = int(self.starts[-1]) + self.config.window_frames
-        missing = max(0, end - self.first_frame - self.frames.shape[1])
-        return windows + self._cut(np.full((self.config.n_mels, missing), self.config.db_min, np.float32))
-
-    def _cut(self, frames: np.ndarray) -> list[np.ndarray]:
-        self.frames = np.concatenate([self.frames, frames], axis=1)
-        windows, n = [], self.config.window_frames
-        while self.next < len(self.starts):
-            offset = self.starts[self.next] - self.first_frame
-            if offset + n > self.frames.shape[1]:
-                break
-            windows.append(self.frames[None, :, offset : offset + n])
-            self.next += 1
-        if windows:  # forget what no window needs any more
-            offset = (self.starts[self.next] - self.first_frame) if self.next < len(self.starts) else self.frames.shape[1]
-            self.first_frame += min(offset, self.frames.shape[1])
-            self.frames = self.frames[:, offset:]
-        return windows
-
-
-Batch = tuple[int, AudioConfig | None, np.ndarray | None]  # soundscape, recipe, windows; (i, None, None): it is done
-
-
-def decode(soundscapes: list[Soundscape], starts: list[dict[AudioConfig, np.ndarray]], batch_size: int) -> Iterator[Batch]:
-    """Decodes each soundscape once and yields its windows in batches, for every distinct recipe."""
-    for number, soundscape in enumerate(soundscapes):
-        if not soundscape.fault:
-            yield from _decode_one(number, soundscape, starts[number], batch_size)
-        yield number, None, None
-
-
-def _decode_one(number: int, soundscape: Soundscape, starts: dict[AudioConfig, np.ndarray], batch_size: int) -> Iterator[Batch]:
-    rates = {config.sample_rate for config in starts}
-    for rate in sorted(rates):  # one, unless the models' recipes differ in it
-        streams = {config: WindowStream(config, at) for config, at in starts.items() if config.sample_rate == rate}
-        waiting: dict[AudioConfig, list[np.ndarray]] = {config: [] for config in streams}
-        n_samples = 0
-        try:
-            for block in audio.read_blocks(soundscape.path, rate):
-                n_samples += len(block)
-                for config, stream in streams.items():
-                    waiting[config] += stream.push(block)
-                    while len(waiting[config]) >= batch_size:
-                        yield number, config, np.stack(waiting[config][:batch_size])
-                        del waiting[config][:batch_size]
-        except audio.DamagedAudio as error:
-            soundscape.fault = str(error)
-        soundscape.seconds_decoded = n_samples / rate
-        for config, stream in streams.items():
-            waiting[config] += stream.finish()
-            for first in range(0, len(waiting[config]), batch_size):
-                yield number, config, np.stack(waiting[config][first : first + batch_size])
-
-
-def ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Runs an iterator in a thread, so that decoding goes on while the model computes; passes on its exceptions."""
-    done, items, stopped = object(), queue.Queue(QUEUED_BATCHES), threading.Event()
-
-    def work() -> None:
-        try:
-            for item in batches:
-                while not stopped.is_set():
-                    try:
-                        items.put((item, None), timeout=0.2)
-                        break
-                    except queue.Full:
-                        continue
-                if stopped.is_set():
-                    return
-            items.put((done, None))
-        except BaseException as error:
-            items.put((done, error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = items.get()
-            if error is not None:
-                raise error
-            if item is done:
-                return
-            yield item
-    finally:
-        stopped.set()
-
-
-def score(soundscapes: list[Soundscape], models: list[OnnxModel], classes: Sequence[str], *, hop_seconds: float, batch_size: int) -> np.ndarray:
-    """(all rows, C): the mean over the models of each row's probabilities; rows of which nothing decodes get the prior."""
-    order = {model.path: [model.classes.index(label) for label in classes] for model in models}
-    prior = np.mean([model.prior[order[model.path]] for model in models], axis=0)
-    recipes = {model.audio for model in models}
-    starts = [{config: submission.window_starts(s.n_rows, config.window_seconds, hop_seconds) for config in recipes} for s in soundscapes]
-    rows: list[np.ndarray] = []
-    pending: dict[Path, list[np.ndarray]] = {model.path: [] for model in models}
-    n_windows = sum(len(at) for s, of in zip(soundscapes, starts) for at in of.values() if not s.fault)
-    with progress(what="scoring", total=n_windows, unit="window") as bar:
-        for number, config, windows in ahead(decode(soundscapes, starts, batch_size)):
-            if config is not None:
-                for model in models:
-                    if model.audio == config:
-                        pending[model.path].append(model.probabilities(windows)[:, order[model.path]])
-                bar.update(len(windows))
-                continue
-            soundscape = soundscapes[number]
-            if pending[models[0].path]:
-                by_model = [submission.rows_from_windows(np.concatenate(pending[m.path]), starts[number][m.audio], m.audio.window_seconds, soundscape.n_rows)
-                            for m in models]
-                mean = np.mean(by_model, axis=0)
-            else:
-                mean = np.tile(prior, (soundscape.n_rows, 1))
-            begins = np.arange(soundscape.n_rows) * submission.ROW_SECONDS
-            mean[begins >= max(soundscape.seconds_decoded, 1e-9)] = prior
-            rows.append(mean)
-            pending = {path: [] for path in pending}
-    return np.concatenate(rows) if rows else np.empty((0, len(classes)), np.float32)
+MARGIN_SECONDS, MARGIN_SHARE = 5.0, 0.02  # of the time limit kept free, beside twice what the last write and its validation take
 
 
 def choose_columns(models: list[OnnxModel], sample: Path | None, soundscapes: Path) -> tuple[str, ...]:
@@ -199,60 +40,148 @@ def choose_columns(models: list[OnnxModel], sample: Path | None, soundscapes: Pa
 
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog="python -m src.infer", description=__doc__)
-    options.add_argument("--run", type=Path, nargs="+", default=[Path("runs/asca")], help="runs whose folds are averaged (default: runs/asca)")
-    options.add_argument("--soundscapes", type=Path, help="folder of long recordings (default: input/birdclef-2023/test_soundscapes)")
-    options.add_argument("--out", type=Path, default=Path("submissions/asca.csv"), help="(default: submissions/asca.csv)")
-    options.add_argument("--sample", type=Path, help="sample submission that gives the columns (default: the one beside the soundscapes' folder)")
-    options.add_argument("--hop-seconds", type=float, default=5.0, help="between windows; under 5 they overlap (default: 5)")
-    options.add_argument("--expected-seconds", type=float, default=600.0, help="length of a file whose header is unreadable (default: 600)")
-    options.add_argument("--batch-size", type=int, default=8, help="windows a call (default: 8)")
-    options.add_argument("--threads", type=int, default=0, help="of the model; 0: all cores (default: 0)")
-    options.add_argument("--check", type=Path, metavar="FILE", help="only validate a submission (with --soundscapes also its rows, with --sample its columns)")
+    add = options.add_argument
+    add("--run", type=Path, nargs="+", default=[Path("runs/asca")], help="runs whose folds are averaged, the best first (default: runs/asca)")
+    add("--competition", metavar="NAME", help=f"{', '.join(competitions.COMPETITIONS)}: sets the soundscapes' folder, --expected-seconds and "
+        f"--time-limit (default: {competitions.DEFAULT}'s, without its time limit)")
+    add("--soundscapes", type=Path, help="folder of long recordings (default: input/<competition>/test_soundscapes)")
+    add("--recursive", action="store_true", help="also its sub-folders; row ids and tables are then named by the path below the folder")
+    add("--out", type=Path, default=Path("submissions/asca.csv"), help="the submission (default: submissions/asca.csv)")
+    add("--sample", type=Path, help="sample submission that gives the columns (default: the one beside the soundscapes' folder)")
+    add("--hop-seconds", type=float, default=submission.ROW_SECONDS, help="between windows; under 5 they overlap (default: 5)")
+    add("--expected-seconds", type=float, help="length of a file whose header is unreadable (default: the competition's)")
+    add("--batch-size", type=int, default=8, help="windows a call (default: 8)")
+    add("--threads", type=int, default=0, help="of the model; 0: all cores (default: 0)")
+    add("--check", type=Path, metavar="FILE", help="only validate a submission (with --soundscapes also its rows, with --sample its columns)")
+    limit = options.add_argument_group("deadline", "A submission of priors is written first and replaced as rows come; what does not fit is dropped: overlap "
+                                       "of windows, then models from the last to the second, then the soundscapes that are left keep the prior.")
+    limit.add_argument("--time-limit", type=float, metavar="MINUTES", help="0: none (default: none, or --competition's)")
+    limit.add_argument("--started", type=float, metavar="EPOCH_SECONDS", help="when the time began to run, as `date +%%s` says (default: now)")
+    people = options.add_argument_group("for field ecologists").add_argument
+    people("--format", nargs="+", default=["submission"], metavar="FORMAT", help=f"of submission, {', '.join(detections.SUFFIXES)}; several: commas or spaces")
+    people("--tables", type=Path, metavar="DIR", help="folder of the tables, continued when interrupted (default: --out without its suffix)")
+    people("--threshold", type=float, default=0.5, help="probability from which a species counts as detected (default: 0.5)")
+    people("--thresholds", type=Path, metavar="FILE", help="CSV of primary_label and threshold; others have --threshold")
+    people("--species", type=Path, metavar="FILE", help="only these are detected: one code, scientific or common name a line")
+    people("--taxonomy", type=Path, metavar="FILE", help="names: eBird's or BirdCLEF's taxonomy (default: one beside the soundscapes' folder)")
+    people("--pictures", type=Path, metavar="DIR", help="a picture per recording: spectrogram and probabilities over time")
+    people("--restart", action="store_true", help="begin the tables anew")
     return options
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Fills in what depends on other options. Raises UserError."""
+    year = competitions.competition(options.competition or competitions.DEFAULT)
+    if options.soundscapes is None and not options.check:
+        options.soundscapes = Path("input") / (options.competition or competitions.DEFAULT) / "test_soundscapes"
+    options.expected_seconds = year.soundscape_seconds if options.expected_seconds is None else options.expected_seconds
+    if options.time_limit is None:
+        options.time_limit = year.cpu_minutes if options.competition else 0.0
+    options.started = time.time() if options.started is None else options.started
+    options.format = [name for word in options.format for name in word.replace(",", " ").split()]
+    unknown = sorted(set(options.format) - {"submission", *detections.SUFFIXES})
+    if unknown or not options.format:
+        raise UserError(f"--format {' '.join(unknown)} is not known; known are submission, {', '.join(detections.SUFFIXES)}")
+    options.tables = options.tables or options.out.with_suffix("")
+    if not 0 < options.hop_seconds <= submission.ROW_SECONDS or options.batch_size < 1 or options.expected_seconds <= 0:
+        raise UserError("--hop-seconds must be within (0, 5], --batch-size and --expected-seconds positive")
+    if not 0 <= options.threshold <= 1 or options.time_limit < 0:
+        raise UserError("--threshold must be within 0 and 1, --time-limit not negative")
+    if options.started > time.time() + 60:
+        raise UserError(f"--started {options.started:.0f} lies in the future; it is seconds since 1970, as `date +%s` prints")
 
 
 @stage
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
+    check_options(options)
     if options.check:
-        return report(options.check, options.sample, options.soundscapes, options.expected_seconds)
-    folder = options.soundscapes or Path("input/birdclef-2023/test_soundscapes")
-    if not 0 < options.hop_seconds <= submission.ROW_SECONDS or options.batch_size < 1 or options.expected_seconds <= 0:
-        raise UserError("--hop-seconds must be within (0, 5], --batch-size and --expected-seconds positive")
+        return report(options)
     threads = options.threads or os.cpu_count() or 1
-    soundscapes = find_soundscapes(folder, options.expected_seconds)
+    soundscapes = find_soundscapes(options.soundscapes, options.expected_seconds, recursive=options.recursive)
     models = find_models(options.run, threads)
-    classes = choose_columns(models, options.sample, folder)
-    ids = [row for s in soundscapes for row in submission.row_ids(s.path.stem, s.n_rows)]
-    say(f"{len(soundscapes)} soundscapes in {folder}, {len(ids)} rows, {len(classes)} species; {len(models)} model(s) on {threads} CPU thread(s)")
-    probability = score(soundscapes, models, classes, hop_seconds=options.hop_seconds, batch_size=options.batch_size)
-    submission.write(options.out, ids, probability, classes)
-    failures = options.out.with_name(options.out.stem + "_failures.csv")
-    damaged = [s for s in soundscapes if s.fault]
-    if damaged:
-        with atomic(failures) as partial:
-            pd.DataFrame([[safe_cell(s.path.name), f"{s.seconds_decoded:.2f}", safe_cell(s.fault)] for s in damaged],
-                         columns=["filename", "seconds_decoded", "cause"]).to_csv(partial, index=False, lineterminator="\n")
-        say(f"{len(damaged)} damaged soundscape(s), listed in {failures}; their missing stretches hold the prior")
-    else:
-        failures.unlink(missing_ok=True)
-    faults = submission.check(options.out, classes=classes, ids=ids)
-    say(f"wrote {options.out}: {len(ids)} rows x {len(classes)} species, {'valid' if not faults else 'NOT VALID'}")
+    classes = choose_columns(models, options.sample, options.soundscapes)
+    say(f"{len(soundscapes)} soundscapes in {options.soundscapes}, {sum(s.n_rows for s in soundscapes)} rows, {len(classes)} species; "
+        f"{len(models)} model(s) on {threads} CPU thread(s)")
+    for_people = set(options.format) & set(detections.SUFFIXES) or options.pictures
+    with open_tables(options, models, classes) if for_people else nullcontext() as tables:
+        submission_too = "submission" in options.format  # its rows are all of one run: nothing is continued
+        to_do = tables.to_do(soundscapes, again=submission_too) if tables else soundscapes
+        if len(to_do) < len(soundscapes):
+            say(f"continuing {options.tables}: {len(soundscapes) - len(to_do)} of {len(soundscapes)} recordings are done")
+        seconds = options.started + 60 * options.time_limit - time.time() if options.time_limit else None
+        guard = Guard(seconds, hop_seconds=options.hop_seconds, full_hop_seconds=submission.ROW_SECONDS, n_models=len(models),
+                      n_rows=sum(s.n_rows for s in to_do if not s.fault))
+        ensemble = Ensemble(models, classes, guard)
+        file = begin_submission(options.out, soundscapes, classes, ensemble.prior, guard) if submission_too else None
+        for result in score(to_do, ensemble, batch_size=options.batch_size, overviews=bool(options.pictures)):
+            soundscape = to_do[result.number]
+            if file:
+                file.fill(result.number, result.probability)
+                if guard.limited:
+                    file.write_if_due()
+            if tables and result.complete:
+                tables.add(soundscape, result.probability, result.known)
+            soundscape.overview = None
+        if tables:
+            tables.finish(soundscapes)
+            say(f"wrote {options.tables}: {', '.join(name for name in options.format if name in detections.SUFFIXES) or 'pictures'}")
+    failures = options.out.with_name(options.out.stem + "_failures.csv") if file else options.tables / "failures.csv"
+    list_failures(failures, soundscapes)
+    return verdict(f"wrote {options.out}: {sum(s.n_rows for s in soundscapes)} rows x {len(classes)} species, ", file.write_and_check()) if file else 0
+
+
+def open_tables(options: argparse.Namespace, models: list[OnnxModel], classes: Sequence[str]) -> detections.DetectionTables:
+    names = detections.read_names(options.taxonomy, options.soundscapes)
+    thresholds = detections.choose_thresholds(classes, names, threshold=options.threshold, per_species=options.thresholds, species=options.species)
+    settings = {"models": [sha256(model.path) for model in models], "hop_seconds": options.hop_seconds, "recursive": options.recursive}
+    formats = [name for name in detections.SUFFIXES if name in options.format]
+    return detections.DetectionTables(options.tables, options.soundscapes, formats, classes, thresholds, names, config=models[0].audio,
+                                      settings=settings, pictures=options.pictures, restart=options.restart)
+
+
+def list_failures(path: Path, soundscapes: list[Soundscape]) -> None:
+    failed = [s for s in soundscapes if s.fault]
+    if not failed:
+        path.unlink(missing_ok=True)
+        return
+    with atomic(path) as partial:
+        pd.DataFrame([[safe_cell(s.name + s.path.suffix), f"{s.seconds_decoded:.2f}", safe_cell(s.fault)] for s in failed],
+                     columns=["filename", "seconds_decoded", "cause"]).to_csv(partial, index=False, lineterminator="\n")
+    late = sum(s.fault.startswith(TIME_WAS_UP) for s in failed)
+    if late:
+        say(f"{TIME_WAS_UP} before {late} soundscape(s) were scored whole, listed in {path}; their missing rows hold the prior")
+    if len(failed) > late:
+        say(f"{len(failed) - late} damaged soundscape(s), listed in {path}; their missing stretches hold the prior")
+
+
+def begin_submission(path: Path, soundscapes: list[Soundscape], classes: Sequence[str], prior: np.ndarray, guard: Guard) -> submission.SubmissionFile:
+    """Under a time limit the priors are written at once; that measures what the last write and its validation will take."""
+    file = submission.SubmissionFile(path, [(s.name, s.n_rows) for s in soundscapes], classes, prior)
+    if guard.limited:
+        left, began = guard.left(), guard.clock()
+        faults = file.write_and_check()
+        guard.reserve = 2 * (guard.clock() - began) + MARGIN_SECONDS + MARGIN_SHARE * max(0.0, left)
+        say(f"wrote {path}, filled with the prior ({'; '.join(faults) or 'valid'}); {guard.left() / 60:.2f} min for scoring")
+    return file
+
+
+def verdict(opening: str, faults: list[str]) -> int:
+    """Says whether a submission is valid; 0 where it is."""
+    say(f"{opening}{'valid' if not faults else 'NOT VALID'}")
     for fault in faults:
         say(f"  {fault}")
     return int(bool(faults))
 
 
-def report(file: Path, sample: Path | None, folder: Path | None, expected_seconds: float) -> int:
-    """Prints the validator's verdict; 0 where the file is valid."""
+def report(options: argparse.Namespace) -> int:
+    """--check: the validator's verdict on a file that may come from elsewhere."""
     ids = None
-    if folder is not None:
-        ids = [row for s in find_soundscapes(folder, expected_seconds) for row in submission.row_ids(s.path.stem, s.n_rows)]
-    faults = submission.check(file, classes=submission.columns_of_sample(sample) if sample else None, ids=ids)
-    say(f"{file}: {'valid' if not faults else 'NOT VALID'}")
-    for fault in faults:
-        say(f"  {fault}")
-    return int(bool(faults))
+    if options.soundscapes is not None:
+        found = find_soundscapes(options.soundscapes, options.expected_seconds, recursive=options.recursive)
+        ids = [row for s in found for row in submission.row_ids(s.name, s.n_rows)]
+    classes = submission.columns_of_sample(options.sample) if options.sample else None
+    return verdict(f"{options.check}: ", submission.check(options.check, classes=classes, ids=ids))
 
 
 if __name__ == "__main__":

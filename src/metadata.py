@@ -97,7 +97,7 @@ def _check(raw: pd.DataFrame, *, file: Path, audio: Path, unlabelled_allowed: bo
             raise UserError(f"{taxonomy}: missing column SPECIES_CODE; it is not an eBird taxonomy")
         refuse(labelled & ~raw.primary_label.isin(set(codes.SPECIES_CODE)), "species {primary_label} is not in " + taxonomy.name,
                "correct the label, or move the taxonomy away if the labels are not eBird species codes")
-    secondary = raw.secondary_labels.map(_parse_list)
+    secondary = raw.secondary_labels.map(parse_list)
     refuse(secondary.isna(), "secondary_labels {secondary_labels} is not a list",
            "write it as BirdCLEF does, for example ['houspa', 'eurrob1'] or []")
 
@@ -129,7 +129,7 @@ def _links_out(audio: Path, name: str, root: str) -> bool:
     return not os.path.realpath(path).startswith(root + os.sep)
 
 
-def _parse_list(text: str) -> tuple[str, ...] | None:
+def parse_list(text: str) -> tuple[str, ...] | None:
     """"['a', 'b']" -> ("a", "b"), and "" -> (); None where it is no list."""
     if not text.strip():
         return ()

@@ -28,9 +28,9 @@ class OnnxModel:
     classes: tuple[str, ...]
     prior: np.ndarray  # (n_classes,), in the order of `classes`
 
-    def probabilities(self, log_mel: np.ndarray) -> np.ndarray:
+    def probabilities(self, log_mel: np.ndarray, options: onnxruntime.RunOptions | None = None) -> np.ndarray:
         """(B, 1, n_mels, window_frames) float32 dB -> (B, n_classes)."""
-        return 1 / (1 + np.exp(-self.session.run(["logits"], {"log_mel": log_mel})[0]))
+        return 1 / (1 + np.exp(-self.session.run(["logits"], {"log_mel": log_mel}, options)[0]))
 
 
 def load_model(path: Path, threads: int) -> OnnxModel:

@@ -186,17 +186,23 @@ def timeline(path: Path, log_mel: np.ndarray, probabilities: np.ndarray, classes
     figure = Figure(figsize=(14, 3 + 0.28 * len(shown)), layout="constrained")
     figure.suptitle(heading)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 0.28 * len(shown)))
-    step = max(1, log_mel.shape[1] // 2000)  # as many columns as a screen shows
-    draw_spectrogram(top, log_mel[:, ::step], config, log_mel.shape[1] / config.frames_per_second)
+    draw_spectrogram(top, log_mel, config, seconds)
     top.set_ylabel("Hz")
-    image = bottom.imshow(probabilities[:, shown].T, aspect="auto", cmap="Greens", vmin=0, vmax=1, interpolation="nearest",
-                          extent=(0, seconds, len(shown) - 0.5, -0.5))
+    per_column = -(-len(probabilities) // 1000)  # rows: hours show each stretch's highest, so that no short song is lost
+    pooled = np.maximum.reduceat(probabilities[:, shown], np.arange(0, len(probabilities), per_column))
+    seconds_pooled = len(pooled) * per_column * row_seconds  # the last column may reach over the end
+    image = bottom.imshow(pooled.T, aspect="auto", cmap="Greens", vmin=0, vmax=1, interpolation="nearest",
+                          extent=(0, seconds_pooled, len(shown) - 0.5, -0.5))
     if truth is not None:
         for line, species in enumerate(shown):
             for row in np.flatnonzero(truth[:, species] > 0.5):
                 bottom.add_patch(_outline(row * row_seconds, line - 0.5, row_seconds))
         bottom.set_title("red outline: the species is there", fontsize=9, loc="left")
     bottom.set(xlabel="seconds", xlim=(0, seconds), yticks=range(len(shown)))
+    if seconds > 900:
+        step = next((step for step in (300, 600, 1800, 3600, 7200) if seconds / step <= 14), 21_600)
+        ticks = np.arange(0, seconds + 1, step)
+        bottom.set(xlabel="hours:minutes", xticks=ticks, xticklabels=[f"{t // 3600:.0f}:{t % 3600 // 60:02.0f}" for t in ticks])
     bottom.set_yticklabels([classes[species] for species in shown], fontsize=8)
     figure.colorbar(image, ax=[top, bottom], label="probability", shrink=0.6)
     save(figure, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import pandas as pd
 
 from .console import UserError
 from .metadata import read_csv
-from .storage import atomic
+from .storage import atomic, write_text
 
 ROW_SECONDS = 5.0
+WRITE_EVERY = 10.0  # seconds between interim submissions, at least
 LARGEST = 1 - 2.0**-24  # the largest float32 under 1: the padded cmAP punishes a probability of exactly 1
 
 
@@ -22,8 +24,8 @@ def n_rows(seconds: float) -> int:
     return max(1, round(seconds / ROW_SECONDS))
 
 
-def row_ids(stem: str, n: int) -> list[str]:
-    return [f"{stem}_{round(ROW_SECONDS * (k + 1))}" for k in range(n)]
+def row_ids(name: str, n: int) -> list[str]:
+    return [f"{name}_{round(ROW_SECONDS * (k + 1))}" for k in range(n)]
 
 
 def window_starts(n: int, window_seconds: float, hop_seconds: float) -> np.ndarray:
@@ -33,11 +35,20 @@ def window_starts(n: int, window_seconds: float, hop_seconds: float) -> np.ndarr
 
 
 def rows_from_windows(probability: np.ndarray, starts: np.ndarray, window_seconds: float, n: int) -> np.ndarray:
-    """(n_windows, C) -> (n, C): each row is its windows' mean, weighted by the seconds of overlap."""
-    begin = np.arange(n)[:, None] * ROW_SECONDS
-    overlap = np.minimum(begin + ROW_SECONDS, starts + window_seconds) - np.maximum(begin, starts)
-    overlap = np.where(overlap > 1e-6, overlap, 0.0)  # (n, n_windows)
-    return (overlap / overlap.sum(axis=1, keepdims=True) @ probability).astype(np.float32)
+    """(k, C) of the first k windows -> (n, C): each row is its windows' mean, weighted by the seconds of overlap.
+
+    Rows that none of them reaches are NaN. A hundred rows at a time, so that hours need no n x k table.
+    """
+    rows, starts = np.full((n, probability.shape[1]), np.nan, np.float32), starts[: len(probability)]
+    for first in range(0, n, 100):
+        begin = np.arange(first, min(first + 100, n))[:, None] * ROW_SECONDS
+        near = slice(*np.searchsorted(starts, [begin[0, 0] - window_seconds, begin[-1, 0] + ROW_SECONDS]))
+        overlap = np.minimum(begin + ROW_SECONDS, starts[near] + window_seconds) - np.maximum(begin, starts[near])
+        overlap = np.where(overlap > 1e-6, overlap, 0.0)  # (<= 100, windows near them)
+        total = overlap.sum(axis=1, keepdims=True)
+        reached = total[:, 0] > 0
+        rows[first : first + 100][reached] = overlap[reached] / total[reached] @ probability[near]
+    return rows
 
 
 def columns_of_sample(sample: Path) -> tuple[str, ...]:
@@ -52,14 +63,52 @@ def columns_of_sample(sample: Path) -> tuple[str, ...]:
     return tuple(header[1:])
 
 
-def write(path: Path, ids: Sequence[str], probability: np.ndarray, classes: Sequence[str]) -> None:
-    """Writes (n, C) probabilities atomically, clipped to [0, 1 - 2^-24]. Raises UserError where one is not finite."""
+def _text(ids: Sequence[str], probability: np.ndarray, path: Path) -> str:
+    """CSV lines of (n, C) probabilities, clipped to [0, 1 - 2^-24]. Raises UserError where one is not finite."""
     if not np.isfinite(probability).all():
         raise UserError(f"{path}: a probability is not finite; nothing was written")
-    table = pd.DataFrame(np.clip(probability, 0.0, LARGEST), columns=list(classes))
-    table.insert(0, "row_id", list(ids))
-    with atomic(path) as partial:
-        table.to_csv(partial, index=False, float_format="%.9g", lineterminator="\n")
+    line = ",".join(["%.9g"] * probability.shape[1])
+    values = np.clip(probability, 0.0, LARGEST).tolist()
+    return "".join(f"{_cell(row)},{line % tuple(row_values)}\n" for row, row_values in zip(ids, values))
+
+
+def _cell(text: str) -> str:
+    return '"' + text.replace('"', '""') + '"' if any(mark in text for mark in ',"\r\n') else text
+
+
+def write(path: Path, ids: Sequence[str], probability: np.ndarray, classes: Sequence[str]) -> None:
+    """Writes (n, C) probabilities atomically."""
+    write_text(path, ",".join(map(_cell, ["row_id", *classes])) + "\n" + _text(ids, probability, path))
+
+
+class SubmissionFile:
+    """A submission that is complete whenever it is written: soundscapes that are not scored yet hold the prior."""
+
+    def __init__(self, path: Path, soundscapes: Sequence[tuple[str, int]], classes: Sequence[str], prior: np.ndarray) -> None:
+        self.path, self.soundscapes, self.classes = path, soundscapes, classes  # soundscapes: names and numbers of rows
+        self.header = ",".join(map(_cell, ["row_id", *classes])) + "\n"
+        self.texts = [_text(row_ids(name, n), np.tile(prior, (n, 1)), path) for name, n in soundscapes]
+
+    def fill(self, number: int, probability: np.ndarray) -> None:
+        """A soundscape's rows, (n, C)."""
+        self.texts[number] = _text(row_ids(*self.soundscapes[number]), probability, self.path)
+
+    def write(self) -> None:
+        began = time.monotonic()
+        with atomic(self.path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
+            file.write(self.header)
+            file.writelines(self.texts)
+        now = time.monotonic()
+        self.due = now + max(WRITE_EVERY, 20 * (now - began))  # writing takes at most a twentieth of the time
+
+    def write_if_due(self) -> None:
+        if time.monotonic() > self.due:
+            self.write()
+
+    def write_and_check(self) -> list[str]:
+        """Writes it and reads it back: what is wrong with it."""
+        self.write()
+        return check(self.path, classes=self.classes, ids=[row for name, n in self.soundscapes for row in row_ids(name, n)])
 
 
 def check(path: Path, *, classes: Sequence[str] | None = None, ids: Sequence[str] | None = None) -> list[str]:
@@ -81,7 +130,8 @@ def check(path: Path, *, classes: Sequence[str] | None = None, ids: Sequence[str
     if len(doubled):
         faults.append(f"{len(doubled)} row_ids stand there twice, {doubled.iloc[0]} for one")
     if ids is not None:
-        missing, extra = [i for i in ids if i not in set(table.row_id)], sorted(set(table.row_id) - set(ids))
+        written = set(table.row_id)
+        missing, extra = [row for row in ids if row not in written], sorted(written - set(ids))
         if missing or extra:
             faults.append(f"row_ids differ from the soundscapes': missing {len(missing)} ({missing[:2]}), unexpected {len(extra)} ({extra[:2]})")
     malformed = table.row_id[~table.row_id.str.fullmatch(r".+_[1-9]\d*")]

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from . import audio, plots, submission
+from . import audio, competitions, plots, submission
 from .config import AudioConfig
 from .console import UserError, progress, say, stage
-from .infer import find_soundscapes
 from .metadata import read_csv
-
-SHOWN_SECONDS = 600.0  # a longer soundscape shows its first ten minutes
+from .soundscapes import Overview, find_soundscapes
 
 
 def truth_matrix(labels: Path, ids: list[str], classes: list[str]) -> np.ndarray:
@@ -31,33 +29,28 @@ def main(argv: list[str] | None = None) -> None:
     options = argparse.ArgumentParser(prog="python -m src.timeline", description=__doc__)
     options.add_argument("--submission", type=Path, required=True)
     options.add_argument("--soundscapes", type=Path, required=True)
+    options.add_argument("--recursive", action="store_true", help="also the folder's sub-folders")
     options.add_argument("--labels", type=Path, help="CSV of row_id and labels, drawn as outlines")
     options.add_argument("--out", type=Path, required=True, help="folder of the pictures")
     options.add_argument("--first", type=int, metavar="N", help="draw only the first N soundscapes")
     options = options.parse_args(argv)
     table, config = read_csv(options.submission).set_index("row_id"), AudioConfig()
     classes = table.columns.tolist()
-    soundscapes = find_soundscapes(options.soundscapes, SHOWN_SECONDS)[: options.first]
+    seconds = competitions.competition(competitions.DEFAULT).soundscape_seconds
+    soundscapes = find_soundscapes(options.soundscapes, seconds, recursive=options.recursive)[: options.first]
     for soundscape in progress(soundscapes, what="drawing", unit="file"):
-        n = min(soundscape.n_rows, round(SHOWN_SECONDS / submission.ROW_SECONDS))
-        ids = submission.row_ids(soundscape.path.stem, n)
+        ids, seconds = submission.row_ids(soundscape.name, soundscape.n_rows), soundscape.n_rows * submission.ROW_SECONDS
         absent = [row for row in ids if row not in table.index]
         if absent:
             raise UserError(f"{options.submission} lacks the row {absent[0]} of {soundscape.path}")
-        stream, frames = audio.LogMelStream(config), []
+        stream, overview = audio.LogMelStream(config), Overview(config, seconds)
         try:
             for block in audio.read_blocks(soundscape.path, config.sample_rate):
-                frames.append(stream.push(block))
-                if sum(part.shape[1] for part in frames) >= SHOWN_SECONDS * config.frames_per_second:
-                    break
+                overview.push(stream.push(block))
+            overview.push(stream.finish())
         except audio.DamagedAudio as error:
             say(f"{soundscape.path.name}: {error}")
-        if not frames:
-            continue
-        n_frames = round(n * submission.ROW_SECONDS * config.frames_per_second)
-        log_mel = np.concatenate([*frames, stream.finish()], axis=1)[:, :n_frames]
-        log_mel = np.pad(log_mel, ((0, 0), (0, n_frames - log_mel.shape[1])), constant_values=config.db_min)
-        plots.timeline(options.out / f"{soundscape.path.stem}.png", log_mel, table.loc[ids].astype(float).to_numpy(), classes, config,
+        plots.timeline(options.out / f"{soundscape.name}.png", overview.image(seconds), table.loc[ids].astype(float).to_numpy(), classes, config,
                        row_seconds=submission.ROW_SECONDS, heading=soundscape.path.name,
                        truth=truth_matrix(options.labels, ids, classes) if options.labels else None)
     say(f"wrote {len(soundscapes)} picture(s) to {options.out}")

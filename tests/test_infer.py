@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from src import audio, cache, export, infer, submission, timeline, train
+from src.config import AudioConfig
 from src.metadata import read_csv
 from tests.conftest import make_soundscape, waveform
 
@@ -32,7 +33,7 @@ def test_probabilities_are_the_network_s_on_the_file_s_own_log_mel(tmp_path, run
     import torch
 
     model, config = export.load_model(run / "fold0")
-    log_mel = audio.log_mel(audio.read_waveform(soundscapes / "c.ogg", 32_000), model_audio := infer.AudioConfig.from_dict(config["audio"]))
+    log_mel = audio.log_mel(audio.read_waveform(soundscapes / "c.ogg", 32_000), model_audio := AudioConfig.from_dict(config["audio"]))
     windows = np.stack([np.pad(log_mel[:, 500 * k : 500 * k + 500], ((0, 0), (0, max(0, 500 * k + 500 - log_mel.shape[1]))),
                                constant_values=model_audio.db_min) for k in range(6)])[:, None]
     with torch.no_grad():

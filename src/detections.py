@@ -1,0 +1,244 @@
+"""Probabilities -> what field ecologists open: Raven selection tables, Audacity labels, CSV, pictures; one of each per recording."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from .config import AudioConfig, differences
+from .console import UserError, say
+from .metadata import read_csv
+from .soundscapes import Soundscape
+from .storage import atomic, owned, safe_cell, write_text
+from .submission import ROW_SECONDS
+
+SUFFIXES = {"raven": ".raven.txt", "audacity": ".audacity.txt", "csv": ".detections.csv"}
+RAVEN = ("Selection", "View", "Channel", "Begin File", "Begin Time (s)", "End Time (s)", "Low Freq (Hz)", "High Freq (Hz)", "Common Name", "Score")
+CSV = ("file", "start_s", "end_s", "label", "scientific_name", "common_name", "probability")
+JOURNAL, ALL = "done.jsonl", "all_detections.csv"
+NAME_COLUMNS = (("SPECIES_CODE", "SCI_NAME", "PRIMARY_COM_NAME"), ("primary_label", "scientific_name", "common_name"))
+
+Names = dict[str, tuple[str, str]]  # label -> scientific name, common name; "" where unknown
+
+
+@dataclass(frozen=True)
+class Detection:
+    start: float  # seconds
+    end: float
+    label: str
+    probability: float  # the highest of its rows
+
+
+def find_detections(probability: np.ndarray, known: np.ndarray, classes: Sequence[str], thresholds: np.ndarray, seconds: float) -> list[Detection]:
+    """(n, C) rows at or above their species' threshold (C,), neighbours merged; rows that are not `known` (n,) hold none."""
+    found = []
+    above = (probability >= thresholds) & known[:, None]
+    for species in np.flatnonzero(above.any(axis=0)):
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], above[:, species], [False]]).astype(int)))
+        for first, stop in zip(edges[::2], edges[1::2]):
+            end = max(min(stop * ROW_SECONDS, seconds), first * ROW_SECONDS)
+            found.append(Detection(first * ROW_SECONDS, end, classes[species], float(probability[first:stop, species].max())))
+    return sorted(found, key=lambda d: (d.start, -d.probability, d.label))
+
+
+def read_names(file: Path | None, folder: Path) -> Names:
+    """Species' names from a taxonomy (eBird's columns or BirdCLEF's), by default from a table beside the soundscapes' folder."""
+    beside = folder.resolve().parent
+    candidates = [file] if file else [beside / "taxonomy.csv", *sorted(beside.glob("eBird_Taxonomy_v*.csv")), beside / "train_metadata.csv"]
+    for path in candidates:
+        if not file and not path.exists():
+            continue
+        table = read_csv(path)
+        label, scientific, common = next((names for names in NAME_COLUMNS if names[0] in table), (None, None, None))
+        if label is None:
+            raise UserError(f"{path} has neither the column SPECIES_CODE nor primary_label; name another --taxonomy")
+        empty = pd.Series("", table.index)
+        return dict(zip(table[label], zip(table.get(scientific, empty), table.get(common, empty))))
+    return {}
+
+
+def choose_thresholds(classes: Sequence[str], names: Names, *, threshold: float, per_species: Path | None, species: Path | None) -> np.ndarray:
+    """(C,) the probability from which a species counts as detected; infinite for species that are not on the list."""
+    thresholds = pd.Series(threshold, classes, dtype=float)
+    if per_species is not None:
+        table = read_csv(per_species)
+        if not {"primary_label", "threshold"} <= set(table.columns):
+            raise UserError(f"{per_species} needs the columns primary_label and threshold")
+        values = pd.to_numeric(table.threshold, errors="coerce")
+        if not values.between(0, 1).all():
+            row = int(np.flatnonzero(~values.between(0, 1))[0])
+            raise UserError(f"{per_species}, row {row + 2}: threshold {table.threshold[row]!r} is not within 0 and 1")
+        _tell_unknown(per_species, table.primary_label[~table.primary_label.isin(classes)])
+        known = table.primary_label.isin(classes)
+        thresholds[table.primary_label[known]] = values[known].to_numpy()
+    if species is not None:
+        listed = _read_species(species, classes, names)
+        thresholds[~thresholds.index.isin(listed)] = np.inf
+    return thresholds.to_numpy()
+
+
+def _read_species(file: Path, classes: Sequence[str], names: Names) -> set[str]:
+    """The labels that a list names by code, scientific or common name, or as BirdNET does: Scientific name_Common name."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not a readable list of species: {error}") from error
+    label_of = {name.casefold(): label for label in classes for name in names.get(label, ()) if name} | {label: label for label in classes}
+    listed, unknown = set(), []
+    for line in filter(None, lines):
+        found = next((label_of[key] for part in (line, *line.split("_")) for key in (part, part.casefold()) if key in label_of), None)
+        listed |= {found} - {None}
+        unknown += [line] * (found is None)
+    if not listed:
+        raise UserError(f"{file} names none of the models' species ({', '.join(classes[:5])}, ...); one code or name a line")
+    _tell_unknown(file, unknown)
+    return listed
+
+
+def _tell_unknown(file: Path, unknown: Sequence[str]) -> None:
+    if len(unknown):
+        say(f"{file}: {len(unknown)} line(s) of no species of the models are passed over: {', '.join(list(unknown)[:5])}")
+
+
+def _text_cell(text: str) -> str:
+    """One cell of a table for people: no tab or line break, no formula."""
+    return safe_cell(" ".join(text.split()) if any(mark in text for mark in "\t\r\n") else text)
+
+
+def raven(detections: Sequence[Detection], file: str, names: Names, band: tuple[float, float]) -> str:
+    """A Raven selection table, tab separated, in BirdNET-Analyzer's columns."""
+    lines = ["\t".join(RAVEN)]
+    for number, d in enumerate(detections, start=1):
+        lines.append("\t".join([str(number), "Spectrogram 1", "1", _text_cell(file.rpartition("/")[2]), f"{d.start:.3f}", f"{d.end:.3f}",
+                                f"{band[0]:.0f}", f"{band[1]:.0f}", _text_cell(_common(d, names)), f"{d.probability:.4f}"]))
+    return "\n".join(lines) + "\n"
+
+
+def audacity(detections: Sequence[Detection], names: Names) -> str:
+    """An Audacity label track: start, end, label."""
+    return "".join(f"{d.start:.6f}\t{d.end:.6f}\t{_text_cell(_common(d, names))} {d.probability:.2f}\n" for d in detections)
+
+
+def table(detections: Sequence[Detection], file: str, names: Names) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV)
+    for d in detections:
+        writer.writerow([_text_cell(file), f"{d.start:.3f}", f"{d.end:.3f}", _text_cell(d.label), *map(_text_cell, names.get(d.label, ("", ""))),
+                         f"{d.probability:.4f}"])
+    return text.getvalue()
+
+
+def _common(detection: Detection, names: Names) -> str:
+    return names.get(detection.label, ("", ""))[1] or detection.label
+
+
+class DetectionTables:
+    """A folder of tables (and pictures) per recording, written as each is done; the same settings again go on with the others.
+
+    A journal holds the settings, and a line per recording that is done: its size and time, what decoded, its fault.
+    Raises UserError where the folder holds tables of other settings.
+    """
+
+    def __init__(self, folder: Path, soundscapes: Path, formats: Sequence[str], classes: Sequence[str], thresholds: np.ndarray, names: Names, *,
+                 config: AudioConfig, settings: dict, pictures: Path | None = None, restart: bool = False) -> None:
+        self.folder, self.soundscapes, self.formats, self.pictures = folder, soundscapes, formats, pictures
+        self.classes, self.thresholds, self.names, self.config = classes, thresholds, names, config
+        finite = {label: float(value) for label, value in zip(classes, thresholds) if np.isfinite(value)}
+        used = {label: list(names[label]) for label in finite if label in names}
+        self.recipe = {**settings, "formats": sorted(formats), "pictures": bool(pictures), "thresholds": finite,
+                       "names_crc32": zlib.crc32(json.dumps(used, sort_keys=True).encode())}
+        self._held = ExitStack()
+        self._held.enter_context(owned(folder))
+        self.entries = {} if restart else self._read_journal()
+
+    def __enter__(self) -> DetectionTables:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._held.close()
+
+    def _read_journal(self) -> dict[str, dict]:
+        journal = self.folder / JOURNAL
+        lines = journal.read_text(encoding="utf-8").split("\n")[:-1] if journal.exists() else []  # drops a torn last line
+        try:
+            recipe, *entries = map(json.loads, lines)
+            entries = {entry["file"]: entry for entry in entries}
+        except (ValueError, KeyError, TypeError):
+            return {}
+        changed = differences(recipe, self.recipe)
+        if changed:
+            raise UserError(f"{self.folder} holds detections of other settings ({'; '.join(changed[:5])}{'; ...' if len(changed) > 5 else ''}); "
+                            "name another --tables, or begin anew with --restart")
+        return entries
+
+    def to_do(self, soundscapes: Sequence[Soundscape], *, again: bool = False) -> list[Soundscape]:
+        """The soundscapes whose tables are not there yet, or whose recording has changed; all, if they are done `again`."""
+        done = {} if again else self.entries
+        kept = {s.name: entry for s in soundscapes if (entry := done.get(self._file(s))) and self._is_done(s, entry)}
+        for soundscape in soundscapes:
+            if soundscape.name in kept:
+                soundscape.seconds_decoded, soundscape.fault = kept[soundscape.name]["seconds_decoded"], kept[soundscape.name]["fault"]
+        self.entries = {entry["file"]: entry for entry in kept.values()}
+        write_text(self.folder / JOURNAL, "".join(json.dumps(line) + "\n" for line in [self.recipe, *self.entries.values()]))
+        return [s for s in soundscapes if s.name not in kept]
+
+    def _is_done(self, soundscape: Soundscape, entry: dict) -> bool:
+        return entry.items() >= _state(soundscape.path).items() and all(path.exists() for path in self._outputs(soundscape).values())
+
+    def _outputs(self, soundscape: Soundscape) -> dict[str, Path]:
+        tables = {name: self.folder / (soundscape.name + SUFFIXES[name]) for name in self.formats}
+        return tables | ({"picture": self.pictures / f"{soundscape.name}.png"} if self.pictures else {})
+
+    def _file(self, soundscape: Soundscape) -> str:
+        return soundscape.path.relative_to(self.soundscapes).as_posix()
+
+    def add(self, soundscape: Soundscape, probability: np.ndarray, known: np.ndarray) -> None:
+        """Writes a recording's tables: (n, C) probabilities and (n,) whether the models made them."""
+        file, outputs = self._file(soundscape), self._outputs(soundscape)
+        detections = find_detections(probability, known, self.classes, self.thresholds, soundscape.seconds)
+        texts = {"raven": lambda: raven(detections, file, self.names, (self.config.fmin, self.config.fmax)),
+                 "audacity": lambda: audacity(detections, self.names), "csv": lambda: table(detections, file, self.names)}
+        for name in self.formats:
+            write_text(outputs[name], texts[name]())
+        if self.pictures:
+            self._draw(outputs["picture"], soundscape, np.where(known[:, None], probability, 0.0))
+        entry = {"file": file, **_state(soundscape.path), "seconds_decoded": soundscape.seconds_decoded, "fault": soundscape.fault}
+        with open(self.folder / JOURNAL, "a", encoding="utf-8") as journal:
+            journal.write(json.dumps(entry) + "\n")
+        self.entries[file] = entry
+
+    def _draw(self, path: Path, soundscape: Soundscape, probability: np.ndarray) -> None:
+        from . import plots  # here, since a submission needs no matplotlib
+        from .soundscapes import Overview
+
+        seconds = soundscape.n_rows * ROW_SECONDS
+        overview = soundscape.overview or Overview(self.config, seconds)
+        shown = np.isfinite(self.thresholds)
+        plots.timeline(path, overview.image(seconds), probability[:, shown], [_common(Detection(0, 0, label, 0), self.names)
+                       for label in np.array(self.classes)[shown]], overview.config, row_seconds=ROW_SECONDS, heading=self._file(soundscape))
+
+    def finish(self, soundscapes: Sequence[Soundscape]) -> None:
+        """One table of all recordings, where CSV is asked for."""
+        if "csv" not in self.formats:
+            return
+        with atomic(self.folder / ALL) as partial, open(partial, "w", encoding="utf-8", newline="") as whole:
+            whole.write(",".join(CSV) + "\n")
+            for soundscape in soundscapes:
+                if self._file(soundscape) in self.entries:
+                    whole.write(self._outputs(soundscape)["csv"].read_text(encoding="utf-8").partition("\n")[2])
+
+
+def _state(path: Path) -> dict[str, int]:
+    facts = os.stat(path)
+    return {"bytes": facts.st_size, "mtime_ns": facts.st_mtime_ns}

@@ -1,0 +1,155 @@
+"""Tables for people, read back with pandas and by the formats' own rules."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
+
+from src import detections, infer
+from src.detections import Detection
+from tests.conftest import make_soundscape, waveform
+
+RAVEN = ["Selection", "View", "Channel", "Begin File", "Begin Time (s)", "End Time (s)", "Low Freq (Hz)", "High Freq (Hz)", "Common Name", "Score"]
+
+
+@pytest.fixture(scope="module")
+def field(tmp_path_factory, soundscapes):
+    """A season's folder: two days, a file of the same name in each, other formats and rates, and a damaged one; a taxonomy beside it."""
+    root = tmp_path_factory.mktemp("field")
+    make_soundscape(root / "season/day 1/rec.ogg", 22.0)
+    make_soundscape(root / "season/day 2/rec.ogg", 16.0, seed=1)
+    soundfile.write(root / "season/=cmd.wav", waveform(11, 44_100), 44_100)
+    soundfile.write(root / "season/day 2/x.flac", np.stack([waveform(7, 48_000)] * 2, axis=1), 48_000)
+    soundfile.write(root / "season/day 2/y.mp3", waveform(8, 22_050), 22_050)
+    (root / "season/zero.wav").write_bytes(b"")
+    (root / "season/._rec.ogg").write_bytes(b"AppleDouble")
+    (root / "taxonomy.csv").write_text("primary_label,scientific_name,common_name\ndemcuc1,Cuculus demo,Demo Cuckoo\ndemdov1,Columba demo,=Dove\ndemowl1,,\n")
+    return root
+
+
+def detect(run, field, out, *flags) -> int:
+    return infer.main(["--run", str(run), "--soundscapes", str(field / "season"), "--recursive", "--out", str(out / "s.csv"), "--tables", str(out / "tables"),
+                       "--threads", "1", "--expected-seconds", "10", "--threshold", "0.2", *flags])
+
+
+def test_tables_are_what_raven_audacity_and_spreadsheets_read(tmp_path, run, field, capsys):
+    flags = ["--format", "submission,raven", "audacity csv", "--pictures", str(tmp_path / "pictures")]
+    assert detect(run, field, tmp_path, *flags) == 0
+    before = files(tmp_path)
+    assert detect(run, field, tmp_path, *flags) == 0 and files(tmp_path) == before  # a submission is made anew, to the same bytes
+    rows = pd.read_csv(tmp_path / "s.csv", index_col="row_id")
+    assert rows.index[rows.index.str.startswith("day ")].tolist()[:5] == [f"day 1/rec_{5 * k}" for k in range(1, 5)] + ["day 2/rec_5"]
+    assert infer.main(["--check", str(tmp_path / "s.csv"), "--soundscapes", str(field / "season"), "--recursive", "--expected-seconds", "10"]) == 0
+    tables = tmp_path / "tables"
+    whole = pd.read_csv(tables / "all_detections.csv", keep_default_na=False)
+    assert whole.columns.tolist() == ["file", "start_s", "end_s", "label", "scientific_name", "common_name", "probability"]
+    assert set(whole.file) <= {"'=cmd.wav", "day 1/rec.ogg", "day 2/rec.ogg", "day 2/x.flac", "day 2/y.mp3"} and len(whole) > 3
+    for name, file in (("=cmd", "'=cmd.wav"), ("day 1/rec", "rec.ogg"), ("day 2/x", "x.flac"), ("zero", "zero.wav")):
+        selections = pd.read_csv(tables / f"{name}.raven.txt", sep="\t", quoting=csv.QUOTE_NONE, keep_default_na=False)
+        labels = [line.split("\t") for line in (tables / f"{name}.audacity.txt").read_text().splitlines()]
+        listed = pd.read_csv(tables / f"{name}.detections.csv", keep_default_na=False)
+        assert selections.columns.tolist() == RAVEN and len(selections) == len(labels) == len(listed)
+        assert selections.Selection.tolist() == list(range(1, len(selections) + 1)) and set(selections["Begin File"]) <= {file}
+        numbers = listed[["start_s", "end_s", "probability"]].to_numpy(float)
+        np.testing.assert_allclose(selections[["Begin Time (s)", "End Time (s)", "Score"]].to_numpy(float), numbers)
+        np.testing.assert_allclose(np.array([line[:2] for line in labels], float).reshape(-1, 2), numbers[:, :2])
+        assert [line[2].rpartition(" ")[0] for line in labels] == selections["Common Name"].tolist()
+    assert whole.end_s.max() <= 20.0 and {"Demo Cuckoo", "'=Dove"} & set(whole.common_name)
+    assert sorted(p.relative_to(tmp_path / "pictures").as_posix() for p in (tmp_path / "pictures").rglob("*.png")) == [
+        "=cmd.png", "day 1/rec.png", "day 2/rec.png", "day 2/x.png", "day 2/y.png", "zero.png"]
+    # every detection is its rows' highest probability, and no row above the threshold is missing
+    for file, of_file in whole.groupby("file"):
+        stem = file.lstrip("'").rpartition(".")[0]
+        of_rows = rows[rows.index.str.fullmatch(rf"{stem}_\d+")]
+        covered = pd.DataFrame(False, of_rows.index, of_rows.columns)
+        for d in of_file.itertuples():
+            stretch = slice(int(d.start_s // 5), int(np.ceil(d.end_s / 5)))
+            assert d.probability == pytest.approx(of_rows[d.label].iloc[stretch].max(), abs=1e-4) and (of_rows[d.label].iloc[stretch] >= 0.2).all()
+            covered.iloc[stretch, covered.columns.get_loc(d.label)] = True
+        assert covered.equals(of_rows >= 0.2)
+
+
+@given(st.data())
+def test_neighbours_are_merged_and_unknown_rows_hold_nothing(data):
+    n = data.draw(st.integers(1, 12))
+    probability = np.array(data.draw(st.lists(st.lists(st.sampled_from([0.1, 0.5, 0.9]), min_size=2, max_size=2), min_size=n, max_size=n)))
+    known = np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
+    found = detections.find_detections(probability, known, ["a", "b"], np.array([0.5, 0.95]), 5.0 * n - 1)
+    text = "".join("x" if known[k] and probability[k, 0] >= 0.5 else " " for k in range(n))
+    assert [(d.start // 5, np.ceil(d.end / 5)) for d in found] == [(k, k + len(run)) for run, k in runs(text)] and {d.label for d in found} <= {"a"}
+
+
+def runs(text: str) -> list[tuple[str, int]]:
+    import re
+
+    return [(m.group(), m.start()) for m in re.finditer("x+", text)]
+
+
+def test_thresholds_species_and_names(tmp_path, field, capsys):
+    names = detections.read_names(None, field / "season")
+    assert names["demcuc1"] == ("Cuculus demo", "Demo Cuckoo")
+    classes = ["demcuc1", "demdov1", "demowl1"]
+
+    def choose(thresholds=None, species=None):
+        for name, text in (("t.csv", thresholds), ("l.txt", species)):
+            (tmp_path / name).write_text(text or "")
+        return detections.choose_thresholds(classes, names, threshold=0.5, per_species=tmp_path / "t.csv" if thresholds else None,
+                                            species=tmp_path / "l.txt" if species else None).tolist()
+
+    assert choose("primary_label,threshold\ndemdov1,0.8\nother,0.3\n") == [0.5, 0.8, 0.5] and "passed over: other" in capsys.readouterr().out
+    assert choose(None, "demo cuckoo\n\nCuculus demo_Demo Cuckoo\ndemowl1\nRara avis\n") == [0.5, np.inf, 0.5]
+    assert "1 line(s)" in capsys.readouterr().out
+    for bad, message in (("primary_label,threshold\ndemdov1,x\n", "row 2: threshold 'x'"), ("label,t\na,1\n", "needs the columns")):
+        with pytest.raises(detections.UserError, match=message):
+            choose(bad)
+    with pytest.raises(detections.UserError, match="none of the models' species"):
+        choose(None, "Rara avis\n")
+
+
+def test_cells_are_no_formulas_and_break_no_table():
+    found, names = [Detection(0, 5, "a\tb\nc", 0.5)], {"a\tb\nc": ("@x", "-y")}
+    line = detections.raven(found, "+dir/=f.wav", names, (20, 16_000)).splitlines()[1].split("\t")
+    assert line == ["1", "Spectrogram 1", "1", "'=f.wav", "0.000", "5.000", "20", "16000", "'-y", "0.5000"]
+    row = next(csv.DictReader(detections.table(found, "+dir/=f.wav", names).splitlines()))
+    assert (row["file"], row["label"], row["scientific_name"], row["start_s"]) == ("'+dir/=f.wav", "a b c", "'@x", "0.000")
+    assert detections.audacity(found, {}) == "0.000000\t5.000000\ta b c 0.50\n"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_an_interrupted_folder_is_continued_with_the_same_bytes(tmp_path, run, field, capsys):
+    flags = ["--format", "raven", "csv"]
+    assert detect(run, field, tmp_path / "whole", *flags) == 0
+    expected = files(tmp_path / "whole/tables")
+    code = ("import os, sys\nfrom src import detections, infer\nadd = detections.DetectionTables.add\n"
+            "def once(self, *rest):\n    add(self, *rest)\n    os.kill(os.getpid(), 9)\n"
+            "detections.DetectionTables.add = once\ninfer.main(sys.argv[1:])")
+    out = tmp_path / "cut"
+    command = ["--run", str(run), "--soundscapes", str(field / "season"), "--recursive", "--out", str(out / "s.csv"), "--tables", str(out / "tables"),
+               "--threads", "1", "--expected-seconds", "10", "--threshold", "0.2", *flags]
+    assert subprocess.run([sys.executable, "-c", code, *command]).returncode == -9
+    journal = out / "tables/done.jsonl"
+    assert len(journal.read_text().splitlines()) == 2 and (out / "tables/=cmd.raven.txt").exists() and not (out / "tables/all_detections.csv").exists()
+    journal.write_text(journal.read_text() + '{"file": "torn')
+    capsys.readouterr()
+    assert infer.main(command) == 0 and "1 of 6 recordings are done" in capsys.readouterr().out
+    assert files(out / "tables") == expected and not (out / "s.csv").exists()
+    assert infer.main(command) == 0 and "6 of 6 recordings are done" in capsys.readouterr().out and files(out / "tables") == expected
+    assert infer.main([*command, "--hop-seconds", "2.5"]) == 1 and "hop_seconds: 5.0 -> 2.5" in capsys.readouterr().err
+    assert infer.main([*command, "--hop-seconds", "2.5", "--restart"]) == 0
+    assert json.loads(journal.read_text().splitlines()[0])["hop_seconds"] == 2.5
+
+
+def test_bad_options_are_refused(tmp_path, run, field, capsys):
+    for flags, message in ((["--format", "xls"], "--format xls"), (["--threshold", "2"], "--threshold must be"), (["--competition", "birdclef"], "known are")):
+        assert detect(run, field, tmp_path, *flags) == 1 and message in capsys.readouterr().err

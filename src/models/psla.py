@@ -33,8 +33,7 @@ class PSLA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.trunk.forward_features(x).mean(2)  # (B, width, time)
-        shape = (len(x), HEADS, -1, x.shape[2])  # (B, heads, classes, time)
-        attention = F.logsigmoid(self.attention(x).float()).view(shape)
+        attention = F.logsigmoid(self.attention(x).float()).unflatten(1, (HEADS, -1))  # (B, heads, classes, time)
         weight = attention - attention.logsumexp(3, keepdim=True) + self.head_weight.log_softmax(0)[:, None, None]
-        logit = self.probability(x).float().view(shape)
+        logit = self.probability(x).float().unflatten(1, (HEADS, -1))
         return (weight + F.logsigmoid(logit)).logsumexp((1, 3)) - (weight + F.logsigmoid(-logit)).logsumexp((1, 3))

@@ -216,7 +216,8 @@ def main(argv: list[str] | None = None) -> None:
                      for name in ("fold", "model", "input_side", "epochs", "batch_size", "mixup_alpha", "workers", "threads"))
     lines = ["# The trainer beside a plain loop", "", about(f"python -m benchmarks.plain_loop {words}"), "",
              f"{len(ours)} held-out recordings of {len(classes)} classes; `{settings.model}` from scratch, {settings.epochs} epoch(s). "
-             f"Trainer: its default augmentation{', background noise' if settings.noise else ''}. Plain loop: librosa, shuffled, {'timm mixup' if settings.mixup_alpha else 'no augmentation'}. "
+             f"Trainer: its default augmentation{', background noise' if settings.noise else ''}. "
+             f"Plain loop: librosa, shuffled, {'timm mixup' if settings.mixup_alpha else 'no augmentation'}. "
              "Intervals: 95 % bootstraps over recordings; the gain's is paired.", "",
              "| | trainer | plain loop | gain |", "|---|---|---|---|",
              *(f"| {NAMES[key]} | {scores[key]} | {plain_scores[key]} | {gain.get(key, '')} |" for key in ("top1", "macro_ap", "macro_roc_auc", "padded_cmap")),

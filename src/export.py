@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import sys
@@ -63,20 +64,23 @@ def write_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
 def assert_parity(model: nn.Module, path: Path, log_mel: Tensor) -> tuple[float, float]:
     """The largest differences of logits and probabilities between torch and onnxruntime, at batches of 1, 3 and all.
 
-    Raises UserError where one is beyond its bound, or a logit is not finite.
+    Raises UserError where one is beyond its bound, or a logit is not finite. The bounds widen for a network that torch itself cannot
+    compute more exactly in float32: to twice its own distance from float64.
     """
     with torch.inference_mode():
         expected = model(log_mel).numpy()
+        exact = copy.deepcopy(model).double()(log_mel.double()).numpy()
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     worst_logit = worst_probability = 0.0
     for batch in (1, 3, len(log_mel)):
         actual = session.run(["logits"], {"log_mel": log_mel[:batch].numpy()})[0]
         worst_logit = max(worst_logit, float(np.abs(actual - expected[:batch]).max()))
         worst_probability = max(worst_probability, float(np.abs(_sigmoid(actual) - _sigmoid(expected[:batch])).max()))
-    bound = LOGIT_BOUND * max(1.0, float(np.abs(expected).max()))
-    if not (worst_logit <= bound and worst_probability <= PROBABILITY_BOUND):
+    bound = max(LOGIT_BOUND * max(1.0, float(np.abs(expected).max())), 2 * float(np.abs(expected - exact).max()))
+    probability_bound = max(PROBABILITY_BOUND, 2 * float(np.abs(_sigmoid(expected) - _sigmoid(exact)).max()))
+    if not (worst_logit <= bound and worst_probability <= probability_bound):
         raise UserError(f"{path.name.removesuffix('.partial')}: onnxruntime differs from torch by {worst_logit:.2g} in the logits (bound {bound:.2g}) and "
-                        f"{worst_probability:.2g} in the probabilities (bound {PROBABILITY_BOUND:.0e}); the model was not exported")
+                        f"{worst_probability:.2g} in the probabilities (bound {probability_bound:.0e}); the model was not exported")
     return worst_logit, worst_probability
 
 

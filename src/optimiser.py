@@ -20,9 +20,11 @@ def learning_rate_at(step: int, settings: TrainSettings, steps_per_epoch: int) -
 
 
 def optimiser_for(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """Fused AdamW; biases, norms and position tables are not decayed."""
-    decayed = [p for name, p in model.named_parameters() if p.ndim >= 2 and "relative_position" not in name]
-    rest = [p for name, p in model.named_parameters() if p.ndim < 2 or "relative_position" in name]
+    """Fused AdamW; biases, norms, position tables and what a network names in `no_weight_decay` (as timm's do) are not decayed."""
+    spared = {f"{prefix}.{name}" for prefix, module in model.named_modules() if hasattr(module, "no_weight_decay") for name in module.no_weight_decay()}
+    decayed, rest = [], []
+    for name, parameter in model.named_parameters():
+        (rest if parameter.ndim < 2 or "relative_position" in name or name in spared else decayed).append(parameter)
     return torch.optim.AdamW([{"params": decayed, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}],
                              lr=settings.learning_rate, fused=True)
 

@@ -96,6 +96,19 @@ def test_damage_is_found_and_named(tmp_path):
     assert len(audio.read_waveform(tmp_path / "good.ogg", 32_000)) == 320_000
 
 
+@settings(max_examples=60)
+@given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_every_flipped_bit_of_an_ogg_file_is_found(tmp_path_factory, where, bit):
+    path = tmp_path_factory.mktemp("ogg") / "a.ogg"
+    soundfile.write(path, waveform(2.0), 32_000, format="OGG", subtype="VORBIS")
+    assert audio.ogg_fault(path) == ""
+    content = bytearray(path.read_bytes())
+    content[int(where * len(content))] ^= 1 << bit
+    path.write_bytes(content)
+    with pytest.raises(audio.DamagedAudio):
+        audio.read_waveform(path, 32_000)
+
+
 def test_what_decodes_of_a_truncated_file_is_still_yielded(tmp_path):
     soundfile.write(tmp_path / "x.ogg", waveform(20), 32_000)
     content = (tmp_path / "x.ogg").read_bytes()

@@ -29,7 +29,7 @@ class LogMelInput(nn.Module):
 
     def forward(self, log_mel: Tensor) -> Tensor:
         with torch.autocast(log_mel.device.type, enabled=False):
-            x = log_mel.float()
+            x = log_mel.to(self.rows.dtype)  # float32, or float64 where an export is checked
             if self.norm == "window":
                 x = torch.maximum(x, x.amax((2, 3), keepdim=True) - DYNAMIC_RANGE)
                 x = x - _mean(x)

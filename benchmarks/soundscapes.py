@@ -78,10 +78,10 @@ class Task:
 
 
 def usable(names: pd.Series, metadata: Metadata) -> pd.DataFrame:
-    """The fold's recordings of one species alone: where the others of a recording sing, nobody knows."""
+    """The fold's recordings of one species alone (where the others of a recording sing, nobody knows), each but once."""
     table = metadata.table.set_index("filename").loc[names].reset_index()
     alone = [not set(row.secondary_labels) - {row.primary_label} for row in table.itertuples()]
-    return table[alone].reset_index(drop=True)
+    return table[alone].drop_duplicates("copy_group").reset_index(drop=True)
 
 
 def write_soundscapes(made: Composition, folder: Path, snr_db: tuple[float, ...]) -> list[Path]:

@@ -26,6 +26,7 @@ PRESENT = 10  # frames, 0.5 s, of an event's active part make its species presen
 BACKGROUND = 0.01  # RMS, of full scale
 QUIET_SHARE = 0.1  # of a soundscape is one stretch without any event
 CROSSFADE = RATE // 2  # samples, between two pieces of background
+STAY = 60 * RATE  # samples: a shorter piece comes again until then, as a place keeps its sound for a while
 
 Clip = Callable[[np.random.Generator], np.ndarray]  # draws a piece of background noise
 
@@ -96,7 +97,7 @@ def cut_song(recording: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarra
 
 
 def background(clip: Clip, n_samples: int, rng: np.random.Generator) -> np.ndarray:
-    """(n_samples,) float32: pieces of noise one after the other, each at the RMS `BACKGROUND` over the rumble, crossfaded."""
+    """(n_samples,) float32: pieces of noise one after the other, each again and again for a minute, at the RMS `BACKGROUND` over the rumble."""
     sound = np.zeros(n_samples + CROSSFADE, np.float32)
     at, fade = 0, np.sqrt(np.linspace(0, 1, CROSSFADE, dtype=np.float32))
     while at < n_samples:
@@ -104,9 +105,11 @@ def background(clip: Clip, n_samples: int, rng: np.random.Generator) -> np.ndarr
         piece = piece * np.float32(BACKGROUND / np.sqrt(np.square(over_rumble(piece)).mean()))
         piece[:CROSSFADE] *= fade
         piece[-CROSSFADE:] *= fade[::-1]
-        piece = piece[: len(sound) - at]
-        sound[at : at + len(piece)] += piece
-        at += len(piece) - CROSSFADE
+        until = min(at + STAY, n_samples)
+        while at < until:
+            heard = piece[: len(sound) - at]
+            sound[at : at + len(heard)] += heard
+            at += len(piece) - CROSSFADE
     return sound[CROSSFADE:]
 
 

@@ -49,12 +49,12 @@ def score(truth: np.ndarray, probability: np.ndarray, weights: np.ndarray) -> di
                 "macro_roc_auc": np.nanmean(auc, axis=0)}
 
 
-def estimate(values: np.ndarray) -> Estimate:
-    """The first value with its 95 % interval; as in src.metrics the resamples' spread is put around the value itself."""
+def estimate(values: np.ndarray, least: float = 0.0) -> Estimate:
+    """The first value with its 95 % interval, within [least, 1]; as in src.metrics the resamples' spread is put around the value itself."""
     others = values[1:][np.isfinite(values[1:])]
     if not len(others):
         return Estimate(float(values[0]), float("nan"), float("nan"))
-    return Estimate(float(values[0]), *(values[0] + np.percentile(others, [2.5, 97.5]) - others.mean()).tolist())
+    return Estimate(float(values[0]), *np.clip(values[0] + np.percentile(others, [2.5, 97.5]) - others.mean(), least, 1).tolist())
 
 
 def signed(gain: Estimate) -> str:
@@ -93,7 +93,7 @@ def measure(by_fold: dict[int, list[Scored]], snr_db: tuple[float, ...], window_
     for option in progress(OPTIONS, what="comparing", unit="option"):
         if option != BASE:
             values = score(truth, np.stack([scored.rows(window_seconds, option) for scored in all_scored]), weights)
-        by_option[option] = ({name: estimate(values[name]) for name in SHOWN}, {name: estimate(values[name] - base_values[name]) for name in SHOWN})
+        by_option[option] = ({name: estimate(values[name]) for name in SHOWN}, {name: estimate(values[name] - base_values[name], -1) for name in SHOWN})
     return Results(
         by_snr={snr: {name: estimate(v) for name, v in score(truth, base[:, [k]], weights).items()} for k, snr in enumerate(snr_db)},
         pooled=by_option[BASE][0], by_option=by_option, chance=chance(truth),
@@ -111,8 +111,8 @@ def draw(path: Path, results: Results, heading: str) -> None:
         axes.errorbar(list(results.by_snr), [e.value for e in of], yerr=errors(of), marker="o", capsize=4)
         axes.axhline(by_chance, color="0.6", linestyle="--", label=f"chance {by_chance:.3f}")
         axes.set(xlabel="signal-to-noise ratio of every song (dB)", title=NAMES[name], xticks=list(results.by_snr))
-        axes.set_ylim(0, 1)
         axes.legend(loc="upper left")
+    left.set_ylim(bottom=0)
     options = [option for option in results.by_option if option != BASE]
     gains = [results.by_option[option][1]["macro_ap"] for option in options]
     right.errorbar([g.value for g in gains], range(len(gains)), xerr=errors(gains), fmt="o", capsize=4)
@@ -133,7 +133,8 @@ def markdown(results: Results, by_fold: dict[int, list[Scored]]) -> list[str]:
     lines = ["", f"## By signal-to-noise ratio ({BASE})"]
     lines += table(["SNR (dB)", *names], [*([f"{snr:g}", *(str(scores[name]) for name in SHOWN)] for snr, scores in results.by_snr.items()),
                                           ["all, pooled", *(str(results.pooled[name]) for name in SHOWN)]])
-    lines += ["", f"Macro AP of a constant: {results.chance:.3f}."]
+    lines += ["", f"Macro AP of a constant: {results.chance:.3f}. Padded cmAP is comparable between equally many rows only: its five rows of ones weigh less "
+              "in the pooled line than in one ratio's or one fold's."]
     lines += table(["fold, all ratios", *names], [[str(fold), *(f"{scores[name]:.3f}" for name in SHOWN)] for fold, scores in results.by_fold.items()])
     lines += ["", "## Hop, pooling, smoothing", "", f"Gains over the first line are paired: the same soundscapes, all ratios pooled, the same resamples. "
               f"Bold: the interval leaves out zero; with {len(OPTIONS) - 1} options compared, one may do so by chance. "

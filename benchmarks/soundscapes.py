@@ -36,6 +36,8 @@ from src.run_config import read_config
 from src.settings import parse
 from src.storage import atomic, owned, sha256, write_text
 
+FEW = " From fewer than 20 soundscapes such intervals tend to be too narrow."
+
 
 @dataclass(frozen=True)
 class SoundscapeSettings:
@@ -163,6 +165,8 @@ def report(settings: SoundscapeSettings, by_fold: dict[int, list[Scored]], windo
     config = read_config(settings.run / f"fold{min(by_fold)}")
     command = (f"python -m benchmarks.soundscapes --run {settings.run.name} --per-fold {settings.per_fold} --seconds {settings.seconds:g} "
                f"--events {settings.events} --seed {settings.seed} --resamples {settings.resamples}")
+    if settings.noise:
+        command += " --noise " + " ".join(folder.name for folder in settings.noise)
     lines = ["# Composed soundscapes, scored out of fold", "", about(command), "",
              f"`{config['settings']['model']}`, {config['settings']['epochs']} epochs, folds {', '.join(map(str, by_fold))}: {len(scored)} soundscapes of "
              f"{settings.seconds:g} s with {sum(one.events for one in scored)} events of {n_species} of {truth.shape[2]} species; "
@@ -171,7 +175,7 @@ def report(settings: SoundscapeSettings, by_fold: dict[int, list[Scored]], windo
              "each ratio: the RMS of an event's active part (frames of 50 ms) to the background's under it, both over 200 Hz. Events may overlap; a tenth "
              "of each soundscape is one stretch without any. A species is in a 5-second row that holds 0.5 s of an event's active part. "
              "Folds are pooled. Intervals: 95 % bootstraps over soundscapes, not rows: the rows and ratios of one share background and recordings, "
-             "and no recording is in two soundscapes.", *markdown(results, by_fold)]
+             "and no recording is in two soundscapes." + (FEW if len(scored) < 20 else ""), *markdown(results, by_fold)]
     write_text(settings.results / "soundscapes.md", "\n".join(lines))
     draw(settings.results / "soundscapes.png", results, f"{plots.plain(settings.run.name)}: composed soundscapes, out of fold, {BASE}")
     for snr, scores in results.by_snr.items():

@@ -111,7 +111,7 @@ def draw(path: Path, results: Results, heading: str) -> None:
         axes.errorbar(list(results.by_snr), [e.value for e in of], yerr=errors(of), marker="o", capsize=4)
         axes.axhline(by_chance, color="0.6", linestyle="--", label=f"chance {by_chance:.3f}")
         axes.set(xlabel="signal-to-noise ratio of every song (dB)", title=NAMES[name], xticks=list(results.by_snr))
-        axes.legend(loc="upper left")
+        axes.legend(loc="lower right")
     left.set_ylim(bottom=0)
     options = [option for option in results.by_option if option != BASE]
     gains = [results.by_option[option][1]["macro_ap"] for option in options]

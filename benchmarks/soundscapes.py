@@ -164,7 +164,7 @@ def report(settings: SoundscapeSettings, by_fold: dict[int, list[Scored]], windo
     n_species = int((truth.max(axis=(0, 1)) > 0).sum())
     config = read_config(settings.run / f"fold{min(by_fold)}")
     command = (f"python -m benchmarks.soundscapes --run {settings.run.name} --per-fold {settings.per_fold} --seconds {settings.seconds:g} "
-               f"--events {settings.events} --seed {settings.seed} --resamples {settings.resamples}")
+               f"--events {settings.events} --snr-db {' '.join(f'{snr:g}' for snr in settings.snr_db)} --seed {settings.seed} --resamples {settings.resamples}")
     if settings.noise:
         command += " --noise " + " ".join(folder.name for folder in settings.noise)
     lines = ["# Composed soundscapes, scored out of fold", "", about(command), "",

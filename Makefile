@@ -9,7 +9,7 @@ demo: $(READY)
 	$(VENV)/bin/python -m src.demo
 
 test: $(READY)
-	$(VENV)/bin/ruff check src tests benchmarks
+	$(VENV)/bin/ruff check src tests benchmarks notebooks
 	$(VENV)/bin/python -m pytest
 
 $(READY): requirements.txt

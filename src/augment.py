@@ -22,6 +22,8 @@ SILENT = 1e-4  # RMS under which a stretch is silence: never amplified to reach 
 
 @dataclass(frozen=True)
 class AugmentSettings:
+    crop_choices: int = 1
+    """So many random crops are looked at and the loudest is taken; 1: any."""
     waveform_probability: float = 0.25
     """Share of the crops that are read as waveforms and augmented there: the paper's background noise (0.25)."""
     min_snr_db: float = 0.0
@@ -35,6 +37,10 @@ class AugmentSettings:
     """White noise at 10 to 40 dB on the waveform path."""
     pitch_probability: float = 0.0
     """A shift by up to one semitone on the waveform path (25 ms a crop)."""
+    roll_probability: float = 0.0
+    """Share of the crops that are rotated in time by a random number of frames."""
+    filter_db: float = 0.0
+    """A random smooth frequency response within -filter_db to filter_db on each crop; 0: off."""
     spec_augment_probability: float = 0.5
     """Share of the crops that are masked."""
     frequency_masks: int = 2
@@ -127,6 +133,19 @@ def _background_noise(noise: Path, settings: AugmentSettings, sample_rate: int):
             return samples + stretch * np.float32(wanted / noise_rms)
 
     return BackgroundNoise(read_noise(noise, sample_rate))
+
+
+def roll(crop: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:
+    """(frames, n_mels) -> the same frames, beginning at a random one."""
+    return np.roll(crop, int(rng.integers(len(crop))), axis=0) if rng.random() < probability else crop
+
+
+def random_filter(crop: np.ndarray, largest: float, rng: np.random.Generator) -> np.ndarray:
+    """(frames, n_mels) uint8 -> the same through another microphone: a gain in steps of the cache's scale, linear between
+    two to five mel bins (FilterAugment, Nam et al. 2022). Digital silence (0) stays silent."""
+    knots = np.sort(rng.uniform(0, crop.shape[1], int(rng.integers(2, 6))))
+    gain = np.interp(np.arange(crop.shape[1]), knots, rng.uniform(-largest, largest, len(knots))).astype(np.float32)
+    return np.where(crop > 0, np.rint(crop + gain).clip(0, 255), 0).astype(np.uint8)
 
 
 class SpecAugment:

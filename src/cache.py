@@ -111,18 +111,21 @@ def _read_header(folder: Path) -> dict | None:
     return header
 
 
-def _encode(job: tuple[str, str, AudioConfig]) -> tuple[bytes, str]:
-    """One recording: its uint8 log-mel as bytes and "", or b"" and the cause of its damage. Runs in a worker."""
+def _encode(job: tuple[str, str, AudioConfig]) -> tuple[bytes, str, int, int]:
+    """One recording: its uint8 log-mel as bytes and "", or b"" and the cause of its damage; its cells above and below
+    the dB range. Runs in a worker."""
     name, path, config = job
     try:
         stream = audio.LogMelStream(config)
         blocks = [stream.push(block) for block in audio.read_blocks(path, config.sample_rate)] + [stream.finish()]
-        return b"".join(np.ascontiguousarray(audio.to_uint8(block, config).T).tobytes() for block in blocks), ""
+        above = sum(int(np.count_nonzero(block > config.db_max)) for block in blocks)
+        below = sum(int(np.count_nonzero(block < config.db_min - config.db_step / 2)) for block in blocks)  # silence is db_min, to a float's rounding
+        return b"".join(np.ascontiguousarray(audio.to_uint8(block, config).T).tobytes() for block in blocks), "", above, below
     except audio.DamagedAudio as error:
-        return b"", str(error)
+        return b"", str(error), 0, 0
 
 
-def _encode_all(jobs: Sequence[tuple], workers: int) -> Iterator[tuple[bytes, str]]:
+def _encode_all(jobs: Sequence[tuple], workers: int) -> Iterator[tuple[bytes, str, int, int]]:
     """The jobs' results, in their order, from `workers` processes."""
     if workers <= 1:
         yield from map(_encode, jobs)
@@ -160,6 +163,7 @@ def build(table: pd.DataFrame, out: Path, config: AudioConfig, *, workers: int, 
         try:
             _grow(table, out, partial, entries, config, workers)
             _finish(out, partial, entries, plan)
+            say(clipped_share(entries, config))
         except OSError as error:
             raise UserError(f"cannot write {out}: {error.strerror or error}; what is done is kept, the same command continues") from error
     return Cache(out)
@@ -200,8 +204,9 @@ def _grow(table: pd.DataFrame, out: Path, partial: Path, entries: list[dict], co
     jobs = [(name, path, config) for name, path in zip(todo.filename, todo.path)]
     with open(partial, "ab") as data, open(out / JOURNAL, "a", encoding="utf-8") as journal:
         results = _encode_all(jobs, min(workers, len(jobs)))
-        for (name, _, _), (log_mel, cause) in zip(jobs, progress(results, what="caching", total=len(jobs), unit="file")):
-            entry = {"filename": name, "frames": len(log_mel) // config.n_mels, "crc32": zlib.crc32(log_mel), "cause": cause}
+        for (name, _, _), (log_mel, cause, above, below) in zip(jobs, progress(results, what="caching", total=len(jobs), unit="file")):
+            entry = {"filename": name, "frames": len(log_mel) // config.n_mels, "crc32": zlib.crc32(log_mel), "cause": cause,
+                     "above": above, "below": below}
             data.write(log_mel)
             data.flush()
             journal.write(json.dumps(entry) + "\n")
@@ -211,7 +216,7 @@ def _grow(table: pd.DataFrame, out: Path, partial: Path, entries: list[dict], co
 
 
 def _finish(out: Path, partial: Path, entries: list[dict], plan: dict) -> None:
-    index = pd.DataFrame(entries)
+    index = pd.DataFrame(entries)[["filename", "frames", "crc32", "cause"]]
     damaged = index[index.cause != ""]
     if len(damaged) == len(index):
         (out / JOURNAL).unlink()
@@ -227,6 +232,15 @@ def _finish(out: Path, partial: Path, entries: list[dict], plan: dict) -> None:
     sync_folder(out)
     write_json(out / HEADER, {**plan, "index_sha256": sha256(out / INDEX), "data_bytes": (out / DATA).stat().st_size})
     (out / JOURNAL).unlink()
+
+
+def clipped_share(entries: list[dict], config: AudioConfig) -> str:
+    """One line: how many of the recordings' cells the dB range cuts. The journal carries the counts over an interruption."""
+    counted = [entry for entry in entries if "above" in entry]  # an older version's journal has none
+    cells = max(1, sum(entry["frames"] for entry in counted) * config.n_mels)
+    above, below = (sum(entry[side] for entry in counted) / cells for side in ("above", "below"))
+    return (f"clipped at the recipe's range: {above:.3%} of the cells above {config.db_max:+g} dB, {below:.3%} below {config.db_min:+g} dB"
+            + (f" (in {len(counted)} of the {len(entries)} recordings)" if len(counted) < len(entries) else ""))
 
 
 @stage

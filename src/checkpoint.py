@@ -58,10 +58,13 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Puts the state back in each parameter's own memory layout: fused optimisers walk through both side by side."""
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
         if kind == "optimiser":
             number, key = rest.split(".", 1)
-            state.setdefault(int(number), {})[key] = tensor
+            like = parameters[int(number)]
+            state.setdefault(int(number), {})[key] = torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -41,12 +42,18 @@ def _interrupt(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt(signum)
 
 
+def is_first_process() -> bool:
+    """Of those that `accelerate launch` or torchrun started; the others keep quiet."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def progress(items: Iterable | None = None, *, what: str, total: int | None = None, unit: str = "it") -> tqdm:
     """A progress bar with an ETA on stderr; quiet where stderr is not a terminal, but for one line every 10 s."""
-    return tqdm(items, desc=what, total=total, unit=unit, dynamic_ncols=True, file=sys.stderr,
+    return tqdm(items, desc=what, total=total, unit=unit, dynamic_ncols=True, file=sys.stderr, disable=not is_first_process(),
                 mininterval=0.2 if sys.stderr.isatty() else 10.0)
 
 
 def say(text: str) -> None:
     """One line on stdout, at once (stages run under pipes and notebooks)."""
-    print(text, flush=True)
+    if is_first_process():
+        print(text, flush=True)

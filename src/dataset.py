@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Sampler
 
 from . import audio
 from .audio import DamagedAudio
-from .augment import AugmentSettings, SpecAugment, WaveformAugment
+from .augment import AugmentSettings, SpecAugment, WaveformAugment, random_filter, roll
 from .cache import Cache
 from .config import AudioConfig
 
@@ -55,13 +55,18 @@ class Crops(Dataset):
         rng = np.random.default_rng((self.seed, epoch, place))
         name, n_window = self.names[row], self.cache.config.window_frames
         n_frames = self.cache.n_frames(name)
-        start = int(rng.integers(max(1, n_frames - n_window + 1) if n_frames > n_window else n_frames))
+        starts = rng.integers(n_frames - n_window + 1 if n_frames >= n_window else n_frames, size=self.settings.crop_choices)
+        start = int(starts[0] if len(starts) == 1 else max(starts, key=lambda at: self.cache.read(name, int(at), n_window).mean()))
         if self.waveform_augment is not None and rng.random() < self.settings.waveform_probability:
             crop = self.waveform_crop(row, start, rng)
         elif n_frames >= n_window:
             crop = self.cache.read(name, start, n_window)
         else:
             crop = wrap(self.cache.read(name), start, n_window)
+        if self.settings.roll_probability:
+            crop = roll(crop, self.settings.roll_probability, rng)
+        if self.settings.filter_db:
+            crop = random_filter(crop, self.settings.filter_db / self.cache.config.db_step, rng)
         return self.spec_augment(crop, rng)
 
     def waveform_crop(self, row: int, start: int, rng: np.random.Generator | None) -> np.ndarray:
@@ -92,26 +97,29 @@ def wrap(spectrogram: np.ndarray, start: int, n_frames: int) -> np.ndarray:
 
 
 class BalancedSampler(Sampler):
-    """Batches of keys; a recording is drawn with a probability in proportion to `share` (n,), with replacement.
+    """Parts of batches of keys; a recording is drawn with a probability in proportion to `share` (n,), with replacement.
 
     An epoch is as many crops as there are recordings, to the nearest full batch. Everything follows from
-    (seed, epoch): set `epoch` before iterating.
+    (seed, epoch): set `epoch` before iterating. A batch is cut into `accumulate` parts for each process, so that
+    any number of processes and parts trains on the same crops.
     """
 
-    def __init__(self, share: np.ndarray, batch_size: int, seed: int) -> None:
+    def __init__(self, share: np.ndarray, batch_size: int, seed: int, *, accumulate: int = 1, process: int = 0, processes: int = 1) -> None:
         self.share, self.seed, self.epoch = share / share.sum(), seed, 0
-        self.batch_size = min(batch_size, len(share))
+        self.parts, self.first, self.per_batch = processes * accumulate, process * accumulate, accumulate
+        self.batch_size = max(1, min(batch_size, len(share)) // self.parts) * self.parts
         self.n_batches = max(1, round(len(share) / self.batch_size))
 
     def __len__(self) -> int:
-        return self.n_batches
+        return self.n_batches * self.per_batch
 
     def __iter__(self) -> Iterator[list[Key]]:
         rng = np.random.default_rng((self.seed, self.epoch))
         rows = rng.choice(len(self.share), self.n_batches * self.batch_size, p=self.share)
         keys = [(self.epoch, place, int(row)) for place, row in enumerate(rows)]
         for first in range(0, len(keys), self.batch_size):
-            yield keys[first : first + self.batch_size]
+            for part in range(self.first, self.first + self.per_batch):
+                yield keys[first + part : first + self.batch_size : self.parts]
 
 
 def sampling_share(table: pd.DataFrame, *, power: float, use_rating: bool) -> np.ndarray:
@@ -128,17 +136,19 @@ class HeldOutWindows(Dataset):
     """The consecutive windows of recordings' first minute (or only each one's first): (window uint8, place in the table).
 
     A recording's number of windows follows the rows of a soundscape: max(1, round(seconds / window_seconds)).
-    The last one is padded with silence; a recording shorter than a window is repeated.
+    The last one is padded with silence; a recording shorter than a window is repeated. With `hop_seconds` under
+    window_seconds they overlap.
     """
 
-    def __init__(self, names: Sequence[str], cache: Cache, *, only_first: bool = False) -> None:
+    def __init__(self, names: Sequence[str], cache: Cache, *, only_first: bool = False, hop_seconds: float | None = None) -> None:
         self.names, self.cache = list(names), cache
         config = cache.config
         self.places = []
         for place, name in enumerate(self.names):
             seconds = min(SCORED_SECONDS, cache.n_frames(name) / config.frames_per_second)
             n = 1 if only_first else max(1, round(seconds / config.window_seconds))
-            self.places += [(place, number * config.window_frames) for number in range(n)]
+            hop = config.window_frames if hop_seconds is None else round(hop_seconds * config.frames_per_second)
+            self.places += [(place, start) for start in range(0, (n - 1) * config.window_frames + 1, hop)]
 
     def __len__(self) -> int:
         return len(self.places)

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     good = auc >= LEAST_AUC and CHANCE[0] <= chance <= CHANCE[1]
     say(f"\nmacro ROC-AUC on the soundscapes {auc:.3f} (at least {LEAST_AUC} expected), with permuted labels {chance:.3f} "
         f"({CHANCE[0]} to {CHANCE[1]} expected): {'good' if good else 'NOT AS EXPECTED'}")
-    say(f"look at submissions/demo/*.png, {RUN}/per_class.png, {RUN}/fold0/first_batch.png and curves.png; took {time.perf_counter() - began:.0f} s")
+    say(f"look at submissions/demo/*.png, {RUN}/report.md, {RUN}/fold0/first_batch.png and curves.png; took {time.perf_counter() - began:.0f} s")
     return 0 if good else 1
 
 

@@ -1,4 +1,4 @@
-"""STAGE 4: out-of-fold predictions -> runs/<run>/{metrics.md,metrics.csv,per_class.csv,per_class.png}; scores submissions."""
+"""STAGE 4: out-of-fold predictions -> runs/<run>/report.md and its pictures, metrics.csv, per_class.csv; scores submissions."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from . import metrics, plots
+from . import metrics
+from .cache import Cache
 from .competitions import COMPETITIONS
 from .config import differences
 from .console import UserError, say, stage
 from .metadata import Metadata, read_csv, read_metadata, targets
+from .metrics import NAMES
 from .run_config import comparable, read_config
 from .settings import parse
-from .storage import atomic, write_text
-
-NAMES = {"padded_cmap": "padded cmAP", "macro_ap": "macro AP", "macro_roc_auc": "macro ROC-AUC", "lrap": "LRAP", "top1": "top-1"}
+from .storage import atomic, safe_cell
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class EvaluateSettings:
     data: tuple[Path, ...] = ()
     """Where the metadata lie; by default where they lay when the run was trained."""
     metadata: Path | None = None
+    cache: Path | None = None
+    """Where the report's spectrograms come from; by default where it lay when the run was trained."""
     resamples: int = 200
     """Of the bootstrap."""
     submission: Path | None = None
@@ -49,6 +51,8 @@ def read_oof(folder: Path, classes: list[str]) -> pd.DataFrame:
         raise UserError(f"{folder / 'oof.csv'}: {error}; train the fold again with --restart") from error
     if not np.isfinite(table[classes].to_numpy()).all():
         raise UserError(f"{folder / 'oof.csv'} holds a probability that is not finite; train the fold again with --restart")
+    if table.empty:
+        raise UserError(f"{folder / 'oof.csv'} holds no recording; train the fold again with --restart")
     return table
 
 
@@ -85,30 +89,53 @@ def truth_of(names: pd.Series, metadata: Metadata, config: dict) -> np.ndarray:
     return targets(rows, metadata.classes, "hard" if secondary in ("soft", "hard") else "ignore")[0]
 
 
+def open_cache(settings: EvaluateSettings, config: dict) -> tuple[Cache | None, str]:
+    """The cache to draw from, or None and why there is none. Raises UserError where --cache names one that does not fit."""
+    folder = settings.cache or Path(config["settings"]["cache"])
+    try:
+        cache = Cache(folder)
+        if changed := differences(config["audio"], cache.config.to_dict()):
+            raise UserError(f"{folder} holds another recipe than the run was trained on ({'; '.join(changed)})")
+        return cache, ""
+    except UserError as error:
+        if settings.cache:
+            raise
+        return None, f"{error}; --cache names another place"
+
+
 def evaluate_run(settings: EvaluateSettings) -> None:
+    from .report import OutOfFold, write_report  # here, since it imports torch
+
     folds, metadata, config = out_of_fold(settings.run, settings.data, settings.metadata)
+    cache, why_no_cache = open_cache(settings, config)
     classes, by_fold = list(metadata.classes), {}
     for fold, table in folds.items():
         by_fold[fold] = metrics.score(truth_of(table.filename, metadata, config), table[classes].to_numpy(), resamples=settings.resamples)
     pooled = pd.concat(folds.values(), ignore_index=True)
     truth, probability = truth_of(pooled.filename, metadata, config), pooled[classes].to_numpy()
     pooled_scores = metrics.score(truth, probability, resamples=settings.resamples)
-    means = metrics.mean_over(list(by_fold.values()))
+    means = {name: f"{mean} +- {deviation:.3f}" for name, (mean, deviation) in metrics.mean_over(list(by_fold.values())).items()}
     sizes = {fold: len(table) for fold, table in folds.items()} | {"pooled": len(pooled)}
     rows = [{"fold": fold, "recordings": sizes[fold], "metric": name, "value": e.value, "low": e.low, "high": e.high}
             for fold, scores in {**by_fold, "pooled": pooled_scores}.items() for name, e in scores.items()]
     with atomic(settings.run / "metrics.csv") as partial:
         pd.DataFrame(rows).to_csv(partial, index=False, float_format="%.6f", lineterminator="\n")
-    write_text(settings.run / "metrics.md", markdown(settings.run, config, by_fold, means, pooled_scores, len(pooled)))
-    table = per_class_table(classes, metadata, truth, probability)
+    per_class = per_class_table(classes, metadata, truth, probability)
     with atomic(settings.run / "per_class.csv") as partial:
-        table.to_csv(partial, index=False, float_format="%.4f", lineterminator="\n")
-    plots.per_class_chart(settings.run / "per_class.png", table, f"{settings.run.name}: out-of-fold average precision per class")
+        per_class.assign(primary_label=per_class.primary_label.map(safe_cell)).to_csv(partial, index=False, float_format="%.4f", lineterminator="\n")
+    columns = {f"fold {fold}": scores for fold, scores in by_fold.items()}
+    if len(folds) > 1:
+        columns |= {"mean over folds": means, "pooled": pooled_scores}
+    pictures = write_report(OutOfFold(
+        run=settings.run, configs={fold: read_config(settings.run / f"fold{fold}") for fold in folds}, metadata=metadata, names=pooled.filename,
+        fold=np.repeat(list(folds), [len(table) for table in folds.values()]), truth=truth, probability=probability,
+        cache=cache, why_no_cache=why_no_cache), columns, per_class)
     say(f"{len(folds)} fold(s), {len(pooled)} held-out recordings; pooled, with 95 % intervals over recordings:")
     for name, estimate in pooled_scores.items():
-        mean, deviation = means[name]
-        say(f"  {NAMES[name]:14s} {estimate}   mean over folds {mean:.3f} +- {deviation:.3f}")
-    say(f"wrote {settings.run}/metrics.md, metrics.csv, per_class.csv, per_class.png")
+        say(f"  {NAMES[name]:14s} {estimate}" + (f"   mean over folds {means[name]}" if len(folds) > 1 else ""))
+    if cache is None:
+        say(f"the report has no spectrograms: {why_no_cache}")
+    say(f"wrote {settings.run}/report.md with {', '.join(pictures)}; metrics.csv, per_class.csv")
 
 
 def per_class_table(classes: list[str], metadata: Metadata, truth: np.ndarray, probability: np.ndarray) -> pd.DataFrame:
@@ -117,17 +144,6 @@ def per_class_table(classes: list[str], metadata: Metadata, truth: np.ndarray, p
     counts = metadata.table.primary_label.value_counts().reindex(classes, fill_value=0)
     return pd.DataFrame({"primary_label": classes, "recordings": counts.to_numpy(), "held_out": truth.sum(axis=0).astype(int),
                          "ap": precision[:, 0], "roc_auc": auc[:, 0]})
-
-
-def markdown(run: Path, config: dict, by_fold: dict, means: dict, pooled: dict, n: int) -> str:
-    lines = [f"# {run.name}: out of fold", "",
-             f"`{config['settings']['model']}`, {len(by_fold)} fold(s), {n} held-out recordings. A recording's probability is the mean over its windows; "
-             "intervals are 95 % bootstraps over recordings.", "",
-             "| metric | " + " | ".join(f"fold {fold}" for fold in by_fold) + " | mean over folds | pooled |", "|---|" + "---|" * (len(by_fold) + 2)]
-    for name, title in NAMES.items():
-        cells = [f"{scores[name].value:.3f}" for scores in by_fold.values()]
-        lines.append(f"| {title} | {' | '.join(cells)} | {means[name][0]:.3f} +- {means[name][1]:.3f} | {pooled[name]} |")
-    return "\n".join([*lines, "", "![per class](per_class.png)", ""])
 
 
 def score_submission(submission: Path, labels: Path, resamples: int = 200) -> dict[str, metrics.Estimate]:

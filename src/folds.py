@@ -80,6 +80,8 @@ def _by_author(table: pd.DataFrame, n_folds: int, seed: int) -> np.ndarray:
     # An unknown recordist is nobody's second recording: such a recording is a group of its own.
     recordist = np.where(table.author == "", "\0" + table.filename, table.author)
     groups = joined(recordist, table.copy_group)
+    if groups.max() + 1 < n_folds:
+        raise UserError(f"--n-folds {n_folds}: there are recordings of only {groups.max() + 1} recordists to tell apart; name fewer folds")
     folds = np.empty(len(table), int)
     splitter = StratifiedGroupKFold(n_splits=n_folds, shuffle=True, random_state=seed)
     for fold, (_, held_out) in enumerate(splitter.split(table, table.primary_label, groups)):

@@ -47,14 +47,15 @@ def read_metadata(data: Sequence[Path | str], metadata: Path | str | None = None
     """Reads and checks the metadata of one or more folders in BirdCLEF's layout.
 
     `metadata` names another table in the same columns for the first folder. Copies of a recording in a further
-    folder, and its recordings of other species, are left out. Raises UserError with the row and the remedy.
+    folder, and its recordings of other species, are left out; it may hold unlabelled recordings (an empty
+    primary_label), which are trained on where there are soft labels for them. Raises UserError with the row and the remedy.
     """
     tables = []
     for number, folder in enumerate(map(Path, data)):
         file = Path(metadata) if metadata and number == 0 else folder / "train_metadata.csv"
         if not file.exists():
             raise UserError(f"{file} does not exist; input/README.md says where the data comes from and how to lay it out")
-        table = _check(read_csv(file), file=file, audio=folder / "train_audio")
+        table = _check(read_csv(file), file=file, audio=folder / "train_audio", unlabelled_allowed=number > 0)
         tables.append(table.assign(is_extra=number > 0))
         if number == 0:
             classes = _classes(table, file)
@@ -62,14 +63,14 @@ def read_metadata(data: Sequence[Path | str], metadata: Path | str | None = None
     if len(tables) > 1:
         groups = copy_groups(table)
         copies = table.is_extra & (np.isin(groups, groups[: len(main)]) | pd.Series(groups).duplicated())
-        unknown = table.is_extra & ~table.primary_label.isin(classes)
+        unknown = table.is_extra & ~table.primary_label.isin([*classes, ""])
         say(f"further folders: {table.is_extra.sum()} recordings, less {copies.sum()} copies and "
             f"{(unknown & ~copies).sum()} of species that are not among the {len(classes)} classes")
         table = table[~(copies | unknown)].reset_index(drop=True)
     return Metadata(table.assign(copy_group=copy_groups(table)), classes)
 
 
-def _check(raw: pd.DataFrame, *, file: Path, audio: Path) -> pd.DataFrame:
+def _check(raw: pd.DataFrame, *, file: Path, audio: Path, unlabelled_allowed: bool) -> pd.DataFrame:
     missing = [column for column in REQUIRED if column not in raw]
     if missing:
         raise UserError(f"{file}: missing column(s) {', '.join(missing)}; BirdCLEF's train_metadata.csv has them")
@@ -82,7 +83,8 @@ def _check(raw: pd.DataFrame, *, file: Path, audio: Path) -> pd.DataFrame:
             more = f" (and {int(bad.sum()) - 1} more)" if bad.sum() > 1 else ""
             raise UserError(f"{file}, row {row + 2}: {what.format(**raw.iloc[row])}{more}; {remedy}")
 
-    refuse(raw.primary_label == "", "no primary_label", "name the species or delete the row")
+    labelled = raw.primary_label != ""
+    refuse(~labelled & (not unlabelled_allowed), "no primary_label", "name the species or delete the row")
     refuse(raw.filename.duplicated(), "filename {filename} stands there twice", "delete one of the rows")
     refuse(~raw.filename.map(_stays_inside), "filename {filename} leaves the data folder",
            "use a path below train_audio, without .. and without a leading /")
@@ -93,7 +95,7 @@ def _check(raw: pd.DataFrame, *, file: Path, audio: Path) -> pd.DataFrame:
         codes = read_csv(taxonomy)
         if "SPECIES_CODE" not in codes:
             raise UserError(f"{taxonomy}: missing column SPECIES_CODE; it is not an eBird taxonomy")
-        refuse(~raw.primary_label.isin(set(codes.SPECIES_CODE)), "species {primary_label} is not in " + taxonomy.name,
+        refuse(labelled & ~raw.primary_label.isin(set(codes.SPECIES_CODE)), "species {primary_label} is not in " + taxonomy.name,
                "correct the label, or move the taxonomy away if the labels are not eBird species codes")
     secondary = raw.secondary_labels.map(parse_list)
     refuse(secondary.isna(), "secondary_labels {secondary_labels} is not a list",
@@ -189,6 +191,7 @@ def targets(
             weight[row, places] = 0
         elif secondary != "ignore":
             target[row, places] = 1.0 if secondary == "hard" else soft
-    primary = (np.arange(len(table)), table.primary_label.map(column).to_numpy())
+    labelled = np.flatnonzero(table.primary_label.isin(column))
+    primary = (labelled, table.primary_label.iloc[labelled].map(column).to_numpy(int))
     target[primary], weight[primary] = 1, 1
     return target, weight

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import rankdata
 
+NAMES = {"padded_cmap": "padded cmAP", "macro_ap": "macro AP", "macro_roc_auc": "macro ROC-AUC", "lrap": "LRAP", "top1": "top-1"}
 PADDING_ROWS = 5  # BirdCLEF 2023's padded cmAP
 
 
@@ -20,7 +21,9 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+        if np.isnan(self.value):
+            return "–"
+        return f"{self.value:.3f}" + ("" if np.isnan(self.low) else f" ({self.low:.3f} to {self.high:.3f})")
 
 
 def per_class(target: np.ndarray, probability: np.ndarray, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -128,8 +131,31 @@ def _estimate(values: np.ndarray) -> Estimate:
     return Estimate(float(values[0]), float(low), float(high))
 
 
-def mean_over(folds: Sequence[dict[str, Estimate]]) -> dict[str, tuple[float, float]]:
-    """Each metric's mean and standard deviation over the folds."""
-    return {name: (float(np.mean([fold[name].value for fold in folds])),
-                   float(np.std([fold[name].value for fold in folds], ddof=1)) if len(folds) > 1 else float("nan"))
-            for name in folds[0]}
+def mean_over(folds: Sequence[dict[str, Estimate]]) -> dict[str, tuple[Estimate, float]]:
+    """Each metric's mean and standard deviation over the folds; the mean's interval takes the folds' errors as independent."""
+    means = {}
+    for name in folds[0]:
+        value, low, high = np.array([(fold[name].value, fold[name].low, fold[name].high) for fold in folds]).T
+        below, above = (np.sqrt((error**2).sum()) / len(folds) for error in (value - low, high - value))
+        mean = Estimate(float(value.mean()), *np.clip([value.mean() - below, value.mean() + above], 0, 1).tolist())
+        means[name] = mean, float(value.std(ddof=1)) if len(folds) > 1 else float("nan")
+    return means
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How often what was given a probability was true: one entry for each of equally wide bins from 0 to 1."""
+
+    count: np.ndarray
+    mean: np.ndarray  # probability of what is in the bin; NaN in an empty one
+    share: np.ndarray  # of it that was true
+    error: float  # the expected calibration error: the mean of |share - mean|, weighted by count (Naeini et al. 2015)
+
+
+def reliability(true: np.ndarray, probability: np.ndarray, n_bins: int = 10) -> Reliability:
+    """Of any number of predictions: true (n,) of 0/1, probability (n,) in [0, 1]."""
+    place = np.minimum((probability * n_bins).astype(int), n_bins - 1)
+    count = np.bincount(place, minlength=n_bins)
+    with np.errstate(invalid="ignore"):
+        mean, share = (np.bincount(place, values, minlength=n_bins) / count for values in (probability, true))
+    return Reliability(count, mean, share, float(np.nansum(count * np.abs(share - mean)) / count.sum()))

@@ -1,4 +1,4 @@
-"""The pictures beside the numbers, as PNG: spectrogram grids, training curves, per-class charts, prediction timelines."""
+"""The pictures beside the numbers, as PNG: spectrograms, training curves, per-class charts, calibration, confusions, timelines."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.stats import binomtest
 
 from .config import AudioConfig
+from .metrics import Reliability
 from .storage import atomic
 
 
 def save(figure: Figure, path: Path, dpi: int = 100) -> None:
     with atomic(path) as partial:
         figure.savefig(partial, dpi=dpi, format="png")
+
+
+def plain(text: str, most: int = 60) -> str:
+    """A name from the data as a picture's text: a $ starts no formula, and an endless name is cut."""
+    return (text if len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")
 
 
 def draw_spectrogram(axes: Axes, log_mel: np.ndarray, config: AudioConfig, seconds: float | None = None) -> None:
@@ -68,6 +75,88 @@ def curves(path: Path, history: pd.DataFrame, heading: str) -> None:
     save(figure, path)
 
 
+def curves_of_folds(path: Path, histories: dict[int, pd.DataFrame], heading: str) -> None:
+    """Losses and held-out scores over the epochs: one line a fold, their mean in black."""
+    figure = Figure(figsize=(14, 3.6), layout="constrained")
+    figure.suptitle(heading)
+    titles = {"train_loss": "training loss (augmented)", "valid_loss": "held-out loss", "valid_top1": "held-out top-1", "valid_macro_ap": "held-out macro AP"}
+    mean = pd.concat(histories.values()).groupby("epoch").mean()
+    for axes, (column, title) in zip(figure.subplots(1, 4), titles.items()):
+        for fold, history in histories.items():
+            axes.plot(history.epoch, history[column], marker=".", linewidth=1, label=f"fold {fold}")
+        if len(histories) > 1:
+            axes.plot(mean.index, mean[column], color="black", linewidth=2, label="mean")
+        axes.set(xlabel="epoch", title=title, xlim=(mean.index[0] - 0.5, mean.index[-1] + 0.5))
+        if not column.endswith("loss"):
+            axes.set_ylim(0, 1)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.axes[0].legend(fontsize=8)
+    save(figure, path)
+
+
+def reliability_diagram(path: Path, curves: dict[str, Reliability], heading: str) -> None:
+    """What share of the predictions in each bin of probability was true, with 95 % intervals (Wilson), and how many there are."""
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    figure.suptitle(heading)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    top.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="a probability that means what it says")
+    for number, (name, curve) in enumerate(curves.items()):
+        full = curve.count > 0
+        counts, share, mean = curve.count[full], curve.share[full], curve.mean[full]
+        intervals = [binomtest(round(s * n), n).proportion_ci(method="wilson") for s, n in zip(share, counts.tolist())]
+        errors = np.clip([[s - i.low for s, i in zip(share, intervals)], [i.high - s for s, i in zip(share, intervals)]], 0, 1)
+        top.errorbar(mean, share, yerr=errors, marker="o", markersize=4, capsize=3, color=f"C{number}",
+                     label=f"{name}: expected calibration error {curve.error:.3f}")
+        edges = np.linspace(0, 1, len(curve.count) + 1)
+        bottom.stairs(np.maximum(curve.count, 0.5), edges, color=f"C{number}", baseline=0.5)
+    top.set(ylabel="share that was true", ylim=(-0.02, 1.02))
+    top.legend(fontsize=9)
+    bottom.set(xlabel="out-of-fold probability", ylabel="how many", yscale="log", xlim=(-0.01, 1.01))
+    save(figure, path)
+
+
+def confusion_matrix(path: Path, counts: np.ndarray, shown: np.ndarray, classes: Sequence[str], heading: str) -> None:
+    """Rows: the true class; columns: what its recordings were taken for; the classes not shown are summed up in the last column.
+
+    counts (C, C) of all classes, shown: the columns of those in the picture. Colour: share of the row; figures: recordings.
+    """
+    total = counts[shown].sum(axis=1, keepdims=True)
+    cells, names = counts[np.ix_(shown, shown)], [plain(classes[c], 24) for c in shown]
+    columns = names
+    if len(shown) < len(counts) and cells.sum() < total.sum():
+        cells, columns = np.hstack([cells, total - cells.sum(axis=1, keepdims=True)]), [*names, "all others"]
+    side = max(5.0, 0.36 * len(shown) + 2.5)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    figure.suptitle(heading)
+    axes = figure.subplots()
+    share = cells / np.maximum(total, 1)
+    image = axes.imshow(share, aspect="auto", cmap="Blues", vmin=0, vmax=1)
+    for row, column in zip(*np.nonzero(cells)):
+        axes.text(column, row, str(cells[row, column]), ha="center", va="center", fontsize=8, color="white" if share[row, column] > 0.5 else "black")
+    axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
+    axes.set_yticks(range(len(names)), [f"{name} ({n})" for name, n in zip(names, total[:, 0])], fontsize=8)
+    axes.set(xlabel="taken for", ylabel="true class (held-out recordings)")
+    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.6)
+    save(figure, path)
+
+
+def spectrogram_pairs(path: Path, pairs: Sequence[Sequence[tuple[np.ndarray | None, str]]], config: AudioConfig, heading: str) -> None:
+    """One row a pair: two windows (n_mels, frames) dB, or None, each under its title."""
+    figure = Figure(figsize=(14, 2.3 * len(pairs) + 0.6), layout="constrained")
+    figure.suptitle(heading)
+    for line, pair in zip(figure.subplots(len(pairs), 2, squeeze=False), pairs):
+        for axes, (log_mel, title) in zip(line, pair):
+            axes.set_title(title, fontsize=9, loc="left")
+            if log_mel is None:
+                axes.set_axis_off()
+                continue
+            draw_spectrogram(axes, log_mel, config)
+            axes.set(xlim=(0, config.window_seconds), ylabel="Hz")
+    for axes in figure.axes[-2:]:
+        axes.set_xlabel("seconds")
+    save(figure, path)
+
+
 def per_class_chart(path: Path, table: pd.DataFrame, heading: str) -> None:
     """AP of every class, best to worst, and against its number of recordings. Columns: primary_label, ap, recordings."""
     table = table.dropna(subset="ap").sort_values("ap", ascending=False)
@@ -76,12 +165,15 @@ def per_class_chart(path: Path, table: pd.DataFrame, heading: str) -> None:
     bars, scatter = figure.subplots(1, 2, width_ratios=(3, 1))
     bars.bar(range(len(table)), table.ap, width=0.9)
     if len(table) <= 60:
-        bars.set_xticks(range(len(table)), table.primary_label, rotation=90, fontsize=8)
+        bars.set_xticks(range(len(table)), [plain(label, 24) for label in table.primary_label], rotation=90, fontsize=8)
     bars.axhline(table.ap.mean(), color="C1", label=f"macro AP {table.ap.mean():.3f}")
     bars.set(ylabel="average precision", ylim=(0, 1), xlabel="" if len(table) <= 60 else f"{len(table)} classes, best to worst")
     bars.legend()
     scatter.scatter(table.recordings, table.ap, s=12)
     scatter.set(xlabel="recordings of the class", ylabel="average precision", ylim=(0, 1), xscale="log")
+    ticks = [n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if table.recordings.min() / 2 <= n <= 2 * table.recordings.max()]
+    scatter.set_xticks(ticks, ticks)
+    scatter.minorticks_off()
     save(figure, path)
 
 

@@ -1,8 +1,6 @@
-"""The device with its precision, and recordings' probabilities from a network in training."""
+"""Recordings' probabilities from a network: the mean over each one's windows."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -11,41 +9,19 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .cache import Cache
-from .console import UserError
 from .dataset import HeldOutWindows, to_log_mel
 
 
-@dataclass(frozen=True)
-class Device:
-    torch: torch.device
-    amp: torch.dtype | None  # autocast's type; None: full precision
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.torch.type, dtype=self.amp, enabled=self.amp is not None)
-
-
-def choose_device(name: str, precision: str) -> Device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} is not usable: {str(error).splitlines()[0]}") from error
-    if precision == "auto":
-        precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return Device(device, {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
-
-
 @torch.no_grad()
-def predict(model: nn.Module, names: list[str], cache: Cache, device: Device, *, batch_size: int, only_first: bool = False) -> np.ndarray:
-    """(n, C) each recording's probability: the mean over its windows. The model is left in eval mode."""
+def predict(model: nn.Module, names: list[str], cache: Cache, accelerator, *, batch_size: int, only_first: bool = False,
+            hop_seconds: float | None = None, pool: str = "mean") -> np.ndarray:
+    """(n, C) each recording's probability: the mean (or max) over its windows. The model is left in eval mode."""
     model.eval()
-    windows = HeldOutWindows(names, cache, only_first=only_first)
-    logits, places = [], []
+    windows = HeldOutWindows(names, cache, only_first=only_first, hop_seconds=hop_seconds)
+    logits, places = [torch.empty(0)], [torch.empty(0, dtype=torch.long)]
     for window, place in DataLoader(windows, batch_size):
-        with device.autocast():
-            logits.append(model(to_log_mel(window.to(device.torch), cache.config)).float().cpu())
+        with accelerator.autocast():
+            logits.append(model(to_log_mel(window.to(accelerator.device), cache.config)).float().cpu())
         places.append(place)
-    probability = pd.DataFrame(torch.cat(logits).sigmoid().numpy()).groupby(torch.cat(places).numpy()).mean()
-    return probability.to_numpy()
+    by_recording = pd.DataFrame(torch.cat(logits[bool(names):]).sigmoid().numpy()).groupby(torch.cat(places).numpy())
+    return by_recording.agg(pool).to_numpy()

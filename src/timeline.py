@@ -32,10 +32,12 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument("--recursive", action="store_true", help="also the folder's sub-folders")
     options.add_argument("--labels", type=Path, help="CSV of row_id and labels, drawn as outlines")
     options.add_argument("--out", type=Path, required=True, help="folder of the pictures")
+    options.add_argument("--first", type=int, metavar="N", help="draw only the first N soundscapes")
     options = options.parse_args(argv)
     table, config = read_csv(options.submission).set_index("row_id"), AudioConfig()
     classes = table.columns.tolist()
-    soundscapes = find_soundscapes(options.soundscapes, competitions.competition(competitions.DEFAULT).soundscape_seconds, recursive=options.recursive)
+    seconds = competitions.competition(competitions.DEFAULT).soundscape_seconds
+    soundscapes = find_soundscapes(options.soundscapes, seconds, recursive=options.recursive)[: options.first]
     for soundscape in progress(soundscapes, what="drawing", unit="file"):
         ids, seconds = submission.row_ids(soundscape.name, soundscape.n_rows), soundscape.n_rows * submission.ROW_SECONDS
         absent = [row for row in ids if row not in table.index]

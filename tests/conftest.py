@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from src import cache, export, folds, train
+from src import bundle, cache, export, folds, train
 from src.demo_data import RATE, SPECIES, noise, sing, write_audio
 
 TRAIN = ("--model", "asca_test", "--input-side", "64", "--epochs", "3", "--batch-size", "6", "--threads", "1", "--fold", "0")
@@ -18,7 +18,7 @@ def make_data(root: Path, per_species: int = 6) -> pd.DataFrame:
     rng, rows = np.random.default_rng(1), []
     for species in SPECIES[:3]:
         for number in range(per_species):
-            seconds = (2.5, 5.0, 6.3, 7.777)[number % 4]  # shorter than a window, one window, longer
+            seconds = (2.5, 4.99, 6.3, 7.777)[number % 4]  # shorter than a window, exactly one (500 frames), longer
             sound = noise(seconds, "wind", rng) * 0.01
             sing(sound, species, 0.1, 0.3, rng)
             name = f"{species.code}/XC{species.code}{number}.ogg"
@@ -69,6 +69,14 @@ def run(data: Path, train_flags: list[str]) -> Path:
     out = data / "run"
     assert train.main([*train_flags, "--run", str(out)]) == 0
     assert export.main(["--run", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def built(data: Path, run: Path) -> Path:
+    """The run's bundle for Kaggle."""
+    out = data / "bundle"
+    assert bundle.main(["--run", str(run), "--out", str(out), "--owner", "someone"]) == 0
     return out
 
 

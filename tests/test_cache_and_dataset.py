@@ -199,3 +199,24 @@ def test_uint8_comes_back_as_decibels(cached):
     config = Cache(cached).config
     log_mel = to_log_mel(torch.tensor([[[0, 255]]], dtype=torch.uint8), config)
     assert log_mel.shape == (1, 1, 2, 1) and log_mel.flatten().tolist() == pytest.approx([-100, 20], abs=1e-4)
+
+
+def test_the_share_of_clipped_cells_is_counted_also_over_an_interruption(tmp_path, data, capsys, monkeypatch):
+    flags = ["--data", str(data), "--out", str(tmp_path / "c"), "--db-min", "-60", "--db-max", "-10", "--workers", "1"]
+    encode, done = cache._encode, []
+
+    def interrupted(job):
+        if len(done) == 7:
+            raise KeyboardInterrupt
+        done.append(job)
+        return encode(job)
+
+    monkeypatch.setattr(cache, "_encode", interrupted)
+    assert cache.main(flags) == 130
+    monkeypatch.undo()
+    assert cache.main(flags) == 0
+    config = Cache(tmp_path / "c").config
+    cells = np.concatenate([audio.log_mel(audio.read_waveform(path, 32_000), config).ravel() for path in read_metadata([data]).table.path])
+    above, below = (cells > -10).mean(), (cells < -60 - config.db_step / 2).mean()
+    assert 0 < above < 0.5 and 0 < below < 1
+    assert f"{above:.3%} of the cells above -10 dB, {below:.3%} below -60 dB\n" in capsys.readouterr().out

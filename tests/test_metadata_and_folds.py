@@ -132,6 +132,7 @@ def test_the_stage_repeats_its_bytes_and_refuses_to_replace_another_split(tmp_pa
     assert folds.main([*flags, "--seed", "7"]) == 1
     assert "--overwrite" in capsys.readouterr().err and (tmp_path / "f.csv").read_bytes() == first
     assert {p.name for p in tmp_path.iterdir()} == {"f.csv", "f.audit.md", "f.audit.png"}
+    assert folds.main([*flags[:-1], "5"]) == 1 and "only 3 recordists" in capsys.readouterr().err
     (tmp_path / "bad.csv").write_text("filename,fold\nx,one\n")
     with pytest.raises(UserError, match="not a fold table"):
         read_folds(tmp_path / "bad.csv")

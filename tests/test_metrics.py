@@ -49,3 +49,11 @@ def test_rows_and_classes_without_a_label_are_scored_as_promised():
     estimates = metrics.score(target, probability, resamples=5)
     assert estimates["macro_ap"].value == 1 and estimates["top1"].value == 1  # over two classes, over two rows
     assert np.isnan(metrics.top1(target, probability)[1])
+
+
+def test_the_mean_over_folds_is_narrower_than_each_of_them():
+    folds = [{"top1": metrics.Estimate(0.5, 0.4, 0.6)}, {"top1": metrics.Estimate(0.7, 0.6, 0.9)}]
+    mean, deviation = metrics.mean_over(folds)["top1"]
+    assert (mean.value, mean.low, mean.high) == pytest.approx((0.6, 0.6 - 0.1 / 2**0.5, 0.6 + 0.05**0.5 / 2)) and deviation == pytest.approx(0.02**0.5)
+    alone, deviation = metrics.mean_over(folds[:1])["top1"]
+    assert alone == folds[0]["top1"] and np.isnan(deviation) and str(metrics.Estimate(np.nan, np.nan, np.nan)) == "–"

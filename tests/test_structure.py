@@ -15,9 +15,10 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     {"console", "config", "storage", "settings", "competitions", "deadline"},
     {"audio", "metrics", "metadata", "submission", "plots", "checkpoint", "demo_data", "onnx_models", "run_config", "soundscapes", "scoring", "detections"},
-    {"prepare", "folds", "folds_audit", "cache", "augment", "dataset", "models", "predict"},
-    {"train", "evaluate", "export", "infer"},
-    {"timeline", "demo", "__main__"},
+    {"prepare", "folds", "folds_audit", "cache", "augment", "dataset", "models", "predict", "mistakes", "losses", "devices",
+     "train_settings", "optimiser", "soft_labels"},
+    {"train", "fold_training", "report", "evaluate", "export", "infer"},
+    {"timeline", "distil", "prepare_esc", "kaggle", "golden", "bundle", "explore", "demo", "__main__"},
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 

@@ -13,8 +13,9 @@ from src.checkpoint import load_tensors, save_tensors
 from src.console import UserError
 from src.evaluate import score_submission
 from src.folds import read_folds
+from src.optimiser import learning_rate_at
 from src.settings import flatten, parse
-from src.train import TrainSettings, learning_rate_at
+from src.train_settings import TrainSettings
 
 SAME = ("weights.safetensors", "oof.csv", "history.csv", "golden_windows.safetensors")
 
@@ -107,7 +108,7 @@ def test_checkpoints_refuse_a_changed_bit_and_other_files(tmp_path):
 def test_evaluate_writes_numbers_and_pictures_and_refuses_mixed_settings(run, train_flags, capsys):
     assert train.main([*train_flags, "--run", str(run), "--fold", "1"]) == 0
     assert evaluate.main(["--run", str(run)]) == 0
-    assert {"metrics.md", "metrics.csv", "per_class.csv", "per_class.png"} <= {p.name for p in run.iterdir()}
+    assert {"report.md", "metrics.csv", "per_class.csv", "per_class.png"} <= {p.name for p in run.iterdir()}
     table = pd.read_csv(run / "metrics.csv")
     assert set(table.fold.astype(str)) == {"0", "1", "pooled"} and (table.low <= table.value).all() and (table.value <= table.high).all()
     config = run / "fold1/config.yaml"

@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .heads import HEADS
+
 
 @dataclass(frozen=True)
 class AscaSettings:
@@ -41,6 +43,8 @@ class AscaSettings:
     """MBConv's hidden width: 4 x its output (CoAtNet's code) or 4 x its input (the paper's text)."""
     pool: Literal["avg", "max"] = "avg"
     """The pooling of the downsampling shortcuts."""
+    head: Literal["avg", "gem", "attention"] = "avg"
+    """How the last map becomes logits: its mean, a generalised mean, or attention over time."""
     activation: Literal["gelu", "silu", "relu"] = "gelu"
     """Everywhere but in squeeze-excitation."""
 
@@ -273,15 +277,6 @@ class Stage(nn.Module):
         return self.blocks(x)
 
 
-class Head(nn.Module):
-    def __init__(self, width: int, n_classes: int) -> None:
-        super().__init__()
-        self.fc = nn.Linear(width, n_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x.mean((2, 3)))
-
-
 class ASCA(nn.Module):
     """(B, 1, side, side) normalised spectrogram -> (B, n_classes) logits. Raises ValueError for an unusable side."""
 
@@ -304,7 +299,7 @@ class ASCA(nn.Module):
             width_in = width
         self.stages = nn.Sequential(*stages)
         self.norm = norm2d(settings.attn_norm, width_in)
-        self.head = Head(width_in, n_classes)
+        self.head = HEADS[settings.head](width_in, n_classes)
         self.apply(_initialise)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -313,7 +308,7 @@ class ASCA(nn.Module):
 
 def _initialise(module: nn.Module) -> None:
     """EfficientNet's for depthwise and stem convolutions, a truncated normal for all that multiplies channels; ours."""
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
         if isinstance(module, nn.Conv2d) and module.kernel_size[0] > 1:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.groups > 1:

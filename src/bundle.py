@@ -1,0 +1,183 @@
+"""BUNDLE: runs/<run>/ -> one folder that is a Kaggle data set: models, source, wheels, a golden example and every file's SHA-256."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from . import demo_data, golden, kaggle
+from .console import UserError, say, stage
+from .onnx_models import find_models
+from .settings import parse
+from .storage import sha256, write_json, write_text
+
+ROOT = Path(__file__).parents[1]
+ENTRIES = ("kaggle", "golden", "infer", "timeline")  # what the notebook calls
+NOTEBOOK = "kaggle_submission.ipynb"
+METADATA = ("dataset-metadata.json", "kernel-metadata.json")  # the kaggle command reads these and does not upload them
+KAGGLE_PYTHON, PLATFORM = "3.12", "manylinux_2_28_x86_64"
+GOLDEN_SECONDS = 8.0  # two rows, the second one padded
+
+
+@dataclass(frozen=True)
+class BundleSettings:
+    run: tuple[Path, ...] = (Path("runs/asca"),)
+    """Runs whose folds are averaged."""
+    out: Path = Path("submissions/kaggle")
+    """The folder to upload; an older bundle there is replaced."""
+    wheels: Path | None = None
+    """Folder of wheels for Kaggle's Python; without it the command that downloads them is printed."""
+    owner: str = "YOUR-KAGGLE-NAME"
+    """Your user name on Kaggle."""
+    title: str = "ASCA BirdCLEF"
+    """The data set's; the notebook adds " submission". In lower case with hyphens it is the address."""
+    competition: str = "birdclef-2023"
+    licence: str = "other"
+    """Of the data set, by Kaggle's names; `other` is what its description says."""
+
+
+def sources(package: Path, entries: tuple[str, ...]) -> list[str]:
+    """The files of the modules `entries` and of all that they import from the package, anywhere in them."""
+    found, todo = {"__init__"}, list(entries)
+    while todo:
+        name = todo.pop()
+        if name in found or not (package / f"{name}.py").exists():
+            continue
+        found.add(name)
+        for node in ast.walk(ast.parse((package / f"{name}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                todo += [node.module] if node.module else [alias.name for alias in node.names]
+    return sorted(f"{name}.py" for name in found)
+
+
+def write_models(runs: tuple[Path, ...], out: Path) -> None:
+    """Every fold's model.onnx and its digest; what is not exported yet is exported first."""
+    names = [run.resolve().name for run in runs]
+    if not names:
+        raise UserError("--run names no run")
+    if len(set(names)) < len(names):
+        raise UserError(f"--run: two runs are named {max(names, key=names.count)}; rename one")
+    for run, name in zip(runs, names):
+        for model in find_models([run], threads=1):
+            folder = out / name / model.path.parent.name
+            folder.mkdir(parents=True)
+            for file in (model.path, model.path.with_name(model.path.name + ".sha256")):
+                shutil.copyfile(file, folder / file.name)
+    find_models([out / name for name in names], threads=1)  # the copies open, and all know the same species
+
+
+def write_golden(folder: Path, runs: list[str]) -> None:
+    """A made sound (so of no one's licence) and what these models make of it."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    sound = demo_data.noise(GOLDEN_SECONDS, "wind", rng) * 0.01
+    for start, species in zip((0.5, 3.0, 5.5), demo_data.SPECIES[2:]):
+        demo_data.sing(sound, species, start, 0.2, rng)
+    soundfile.write(folder / golden.SOUND, np.clip(sound, -1, 1), demo_data.RATE, subtype="PCM_16")  # every version decodes it to the same samples
+    log_mel, table = golden.compute(folder, runs)
+    np.save(folder / golden.LOG_MEL, log_mel)
+    table.to_csv(folder / golden.SUBMISSION, float_format="%.9g", lineterminator="\n")
+
+
+def write_wheels(wheels: Path, out: Path) -> None:
+    files = sorted(wheels.glob("*.whl"))
+    if not any(file.name.startswith("onnxruntime-") for file in files):
+        raise UserError(f"--wheels {wheels} holds no onnxruntime wheel; download it with: {download_command()}")
+    out.mkdir()
+    for file in files:
+        shutil.copyfile(file, out / file.name)
+
+
+def download_command() -> str:
+    return (f"pip download onnxruntime=={version('onnxruntime')} --python-version {KAGGLE_PYTHON} --only-binary=:all: "
+            f"--platform {PLATFORM} --no-deps -d input/wheels")
+
+
+def write_metadata(out: Path, settings: BundleSettings) -> None:
+    """What the kaggle command reads, in its own words: dataset-metadata.json and kernel-metadata.json."""
+    slug = re.sub("[ -]+", "-", settings.title.lower())
+    write_json(out / METADATA[0], {
+        "title": settings.title, "id": f"{settings.owner}/{slug}", "licenses": [{"name": settings.licence}],
+        "description": "ASCA models for BirdCLEF with the code that runs them on a CPU without internet. The code's licence is in LICENSE; "
+                       "the models are under the terms of the recordings that they were trained on."})
+    write_json(out / METADATA[1], {
+        "id": f"{settings.owner}/{slug}-submission", "title": f"{settings.title} submission", "code_file": NOTEBOOK, "language": "python",
+        "kernel_type": "notebook", "is_private": True, "enable_gpu": False, "enable_internet": False,
+        "dataset_sources": [f"{settings.owner}/{slug}"], "competition_sources": [settings.competition]})
+
+
+def write_manifest(out: Path) -> int:
+    """sha256sum's format over every file that is uploaded; returns their number."""
+    names = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file() and path.name not in METADATA)
+    odd = [name for name in names if not re.fullmatch(r"[A-Za-z0-9._/-]+", name)]
+    if odd:
+        raise UserError(f"{odd[0]}: Kaggle wants names of ASCII letters, digits, dot, hyphen and underscore; rename the run or the wheel")
+    write_text(out / kaggle.MANIFEST, "".join(f"{sha256(out / name)}  {name}\n" for name in names))
+    return len(names) + 1
+
+
+def build(settings: BundleSettings, out: Path) -> int:
+    """Fills the new folder `out` and returns the number of files to upload."""
+    (out / "src").mkdir(parents=True)
+    for name in sources(ROOT / "src", ENTRIES):
+        shutil.copyfile(ROOT / "src" / name, out / "src" / name)
+    shutil.copyfile(ROOT / "LICENSE", out / "LICENSE")
+    shutil.copyfile(ROOT / "notebooks" / NOTEBOOK, out / NOTEBOOK)
+    write_models(settings.run, out / "runs")
+    write_golden(out / "golden", kaggle.runs(out))
+    if settings.wheels:
+        write_wheels(settings.wheels, out / "wheels")
+    write_metadata(out, settings)
+    n_files = write_manifest(out)
+    kaggle.verify(out)
+    return n_files
+
+
+def replace_folder(new: Path, out: Path) -> None:
+    """`new` takes the name `out`; what stood there is deleted afterwards."""
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    new.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@stage
+def main(argv: list[str] | None = None) -> None:
+    settings = parse(BundleSettings, argv, prog="python -m src.bundle", description=__doc__)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 -]{4,37}[A-Za-z0-9]", settings.title):
+        raise UserError(f"--title {settings.title!r}: 6 to 39 ASCII letters, digits, spaces and hyphens (Kaggle takes 50 with \" submission\")")
+    if not re.fullmatch(r"[A-Za-z0-9-]+", settings.owner):
+        raise UserError(f"--owner {settings.owner!r} is no user name on Kaggle: letters, digits and hyphens")
+    out = settings.out
+    if out.is_file() or out.is_dir() and any(out.iterdir()) and not (out / kaggle.MANIFEST).exists():
+        raise UserError(f"{out} is there and is no bundle; name another --out")
+    partial = out.with_name(out.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        n_files = build(settings, partial)
+        replace_folder(partial, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    say(f"wrote {out}: {n_files} files to upload, {size / 1e6:.1f} MB. Upload it, and then the notebook:\n"
+        f"  kaggle datasets create -p {out} -r zip\n  kaggle kernels push -p {out}")
+    if settings.owner == BundleSettings.owner:
+        say("first name yourself: run this again with --owner <your user name on Kaggle>")
+    if not settings.wheels:
+        say(f"without a wheel of onnxruntime, which Kaggle's image lacks: download it and run this again with --wheels input/wheels\n  {download_command()}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

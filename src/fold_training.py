@@ -1,0 +1,227 @@
+"""One fold in training: its data, model, optimiser and history; epochs, checkpoints and what it leaves."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from . import metrics, plots
+from .augment import mix
+from .cache import Cache
+from .checkpoint import load_tensors, optimiser_tensors, restore_optimiser, save_tensors
+from .console import UserError, progress, say
+from .dataset import BalancedSampler, Crops, HeldOutWindows, as_is, sampling_share, to_log_mel
+from .losses import multi_label_loss
+from .metadata import Metadata, targets
+from .models import create_model
+from .optimiser import learning_rate_at, moving_average, optimiser_for
+from .predict import predict
+from .run_config import versions
+from .settings import flatten
+from .soft_labels import blend, read_soft_labels
+from .storage import atomic, write_text
+from .train_settings import TrainSettings
+
+GOLDEN_WINDOWS = 16  # held-out windows kept beside the weights: the export is checked on them
+
+
+class Diverged(UserError):
+    """The loss is no number."""
+
+
+class FoldTraining:
+    """Everything one fold needs, and its state. Every process of a training holds one; the first one writes."""
+
+    def __init__(self, settings: TrainSettings, fold: int, metadata: Metadata, folds: dict[str, int], cache: Cache, accelerator) -> None:
+        self.settings, self.fold, self.cache, self.accelerator = settings, fold, cache, accelerator
+        self.folder, self.classes = settings.run / f"fold{fold}", metadata.classes
+        table = metadata.table[metadata.table.filename.isin(cache.names)].reset_index(drop=True)
+        of = np.where(table.is_extra, -1, table.filename.map(folds).fillna(-2)).astype(int)
+        self.training, self.held_out = table[(of != fold) & (of != -2)].reset_index(drop=True), table[of == fold].reset_index(drop=True)
+        soft = read_soft_labels(settings.soft_labels, metadata, folds) if settings.soft_labels else None
+        known = self.training.primary_label.ne("") | self.training.filename.isin([] if soft is None else soft.index)
+        self.training = self.training[known].reset_index(drop=True)
+        target, weight = targets(self.training, self.classes, settings.secondary_labels, settings.secondary_weight)
+        self.prior = target[self.training.primary_label != ""].mean(axis=0).clip(1e-6, 1 - 1e-6)
+        if soft is not None:
+            target, weight = blend(self.training, target, weight, soft, settings.soft_weight)
+        self.crops = Crops(self.training, cache, target, weight, settings=settings.augment, noise=settings.noise, seed=settings.seed)
+        share = sampling_share(self.training, power=settings.sampling_power, use_rating=settings.use_rating)
+        self.sampler = BalancedSampler(share, settings.batch_size, settings.seed, accumulate=settings.accumulate,
+                                       process=accelerator.process_index, processes=accelerator.num_processes)
+        torch.manual_seed(settings.seed)
+        self.model = create_model(settings.model, len(self.classes), cache.config, settings.network)
+        self.model.to(accelerator.device, memory_format=torch.channels_last)
+        self.ema = moving_average(self.model, settings.ema_decay)
+        self.kept = self.ema.module if self.ema else self.model  # what is scored, and kept in the end
+        self.network, self.optimiser = accelerator.prepare(self.model, optimiser_for(self.model, settings))
+        self.compute = torch.compile(self.network) if settings.compile else self.network
+        self.history: list[dict] = []
+        self.config = {"settings": flatten(replace(settings, restart=False)) | {"fold": [str(fold)]}, "audio": cache.config.to_dict(),
+                       "classes": list(self.classes), "prior": [float(f"{p:.6g}") for p in self.prior],
+                       "recordings": {"training": len(self.training), "held_out": len(self.held_out)},
+                       "processes": accelerator.num_processes, "versions": versions()}
+
+    # ------------------------------------------------------------------------------------------- state on disk
+
+    def save(self) -> None:
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()} | optimiser_tensors(self.optimiser.optimizer)
+        if self.ema:
+            tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.module.state_dict().items()}
+        scaler = self.accelerator.scaler
+        save_tensors(self.folder / "checkpoint.safetensors", tensors, {"history": self.history, "scaler": scaler.state_dict() if scaler else {}})
+
+    def resume(self) -> None:
+        tensors, facts = load_tensors(self.folder / "checkpoint.safetensors")
+        for prefix, module in {"model.": self.model, **({"ema.": self.ema.module} if self.ema else {})}.items():
+            module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)})
+        restore_optimiser(self.optimiser.optimizer, tensors)
+        self.history = facts["history"]
+        if facts["scaler"]:
+            self.accelerator.scaler.load_state_dict(facts["scaler"])
+
+    def write_history(self) -> None:
+        history = pd.DataFrame(self.history)
+        with atomic(self.folder / "history.csv") as partial:
+            history.to_csv(partial, index=False, float_format="%.9g", lineterminator="\n")
+        if len(history) % 5 == 0 or len(history) == self.settings.epochs:
+            plots.curves(self.folder / "curves.png", history, f"{self.settings.run.name}, fold {self.fold}")
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    def run(self) -> None:
+        """Trains the epochs that are missing, saving after each; then finishes."""
+        main = self.accelerator.is_main_process
+        if main:
+            write_text(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
+        if (self.folder / "checkpoint.safetensors").exists():
+            self.resume()
+            say(f"fold {self.fold}: continuing after epoch {len(self.history)}")
+        self.accelerator.wait_for_everyone()  # nobody saves before all have read
+        loader = self.loader() if len(self.history) < self.settings.epochs else None
+        for epoch in range(len(self.history), self.settings.epochs):
+            began = time.perf_counter()
+            loss = self.epoch(epoch, loader)
+            seconds = time.perf_counter() - began
+            row = {"epoch": epoch + 1, "learning_rate": self.optimiser.param_groups[0]["lr"], "train_loss": loss, **self.validate()}
+            self.history.append(row)
+            if main:
+                self.save()
+                self.write_history()
+            say(f"fold {self.fold}, epoch {epoch + 1:3d}: loss {loss:.4f}, held out: loss {row['valid_loss']:.4f}, top-1 {row['valid_top1']:.3f}, "
+                f"macro AP {row['valid_macro_ap']:.3f}; {self.sampler.n_batches * self.sampler.batch_size / seconds:.0f} crops/s")
+        self.finish()
+
+    def loader(self) -> DataLoader:
+        workers, on_gpu = self.settings.workers, self.accelerator.device.type == "cuda"
+        if workers < 0:
+            workers = min(8, (os.cpu_count() or 1) // self.accelerator.num_processes) if on_gpu else 0
+        return DataLoader(self.crops, batch_sampler=self.sampler, collate_fn=as_is, num_workers=workers, pin_memory=on_gpu,
+                          persistent_workers=workers > 0)
+
+    def epoch(self, epoch: int, loader: DataLoader) -> float:
+        """Trains for one epoch and returns the mean loss. Every draw follows from (seed, epoch, step, process)."""
+        settings, accelerator, parts = self.settings, self.accelerator, self.settings.accumulate
+        self.sampler.epoch = epoch
+        process = accelerator.process_index
+        torch.manual_seed(int(np.random.SeedSequence((settings.seed, epoch, process)).generate_state(1)[0]))  # drop-path
+        self.network.train()
+        total, before = 0.0, None
+        with progress(loader, what=f"fold {self.fold}, epoch {epoch + 1}/{settings.epochs}", unit="batch") as bar:
+            for part, batch in enumerate(bar):
+                step = part // parts
+                rows, batch = batch["row"], {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+                log_mel = to_log_mel(batch["crop"], self.cache.config)
+                rng = np.random.default_rng((settings.seed, epoch, part, 1 + process))
+                log_mel, target, weight = mix(log_mel, batch["target"] * (1 - settings.label_smoothing), batch["weight"], settings.augment, rng)
+                if epoch == part == 0 and accelerator.is_main_process:
+                    self.draw_batch(log_mel, target)
+                with accelerator.accumulate(self.network):
+                    loss = multi_label_loss(self.compute(log_mel), target, weight, settings.loss)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        self.update(epoch * self.sampler.n_batches + step)
+                # The value is read one part late: a GPU works on the next part while this process waits for it.
+                total += self.value_of(before)
+                before = (loss.detach(), epoch, step, rows)
+                crops = (part + 1) * len(rows) * accelerator.num_processes
+                bar.set_postfix(loss=f"{total / max(1, part):.4f}", crops_per_s=f"{crops / max(1e-9, bar.format_dict['elapsed']):.0f}", refresh=False)
+        total += self.value_of(before)
+        return float(accelerator.reduce(torch.tensor(total, device=accelerator.device), "mean")) / len(self.sampler)
+
+    def update(self, step: int) -> None:
+        """One step of the optimiser, and of the moving average."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate_at(step, self.settings, self.sampler.n_batches)
+        if self.settings.clip_gradient:
+            self.accelerator.clip_grad_norm_(self.network.parameters(), self.settings.clip_gradient)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        if self.ema:
+            self.ema.update(self.model, step=step + 1)
+
+    def value_of(self, pending: tuple[Tensor, int, int, Tensor] | None) -> float:
+        """A part's loss as a number. Raises Diverged, with the part's recordings, where it is none."""
+        if pending is None:
+            return 0.0
+        loss, epoch, step, rows = pending
+        value = loss.item()
+        if not math.isfinite(value):
+            names = ", ".join(sorted(set(self.training.filename.iloc[rows.numpy()])))
+            raise Diverged(f"the loss is {value} at epoch {epoch + 1}, step {step + 1}; nothing of this epoch is saved. Lower --learning-rate "
+                           f"or set --precision fp32, and look at the batch's recordings: {names}")
+        return value
+
+    # -------------------------------------------------------------------------------------- held-out recordings
+
+    def predict(self, names: list[str], *, only_first: bool = False) -> np.ndarray:
+        """(n, C) the kept weights' probabilities, the work shared by the processes."""
+        from accelerate.utils import broadcast, gather_object
+
+        share = names[self.accelerator.process_index :: self.accelerator.num_processes]
+        for buffer in self.kept.buffers():  # the first process's running means, for all
+            buffer.copy_(broadcast(buffer))
+        found = predict(self.kept, share, self.cache, self.accelerator, batch_size=self.settings.batch_size, only_first=only_first)
+        by_name = dict(gather_object(list(zip(share, found))))
+        return np.array([by_name[name] for name in names]).reshape(len(names), len(self.classes))
+
+    def validate(self) -> dict[str, float]:
+        """Loss, top-1 and macro AP over the first window of each held-out recording: a curve to look at, nothing is selected on it."""
+        probability = self.predict(self.held_out.filename.tolist(), only_first=True)
+        target, weight = targets(self.held_out, self.classes, self.settings.secondary_labels, self.settings.secondary_weight)
+        clipped = probability.clip(1e-7, 1 - 1e-7)
+        loss = -(target * np.log(clipped) + (1 - target) * np.log(1 - clipped)) * weight
+        return {"valid_loss": float(loss.mean()), "valid_top1": float(metrics.top1(target, probability).mean()),
+                "valid_macro_ap": float(np.nanmean(metrics.per_class(target, probability)[0]))}
+
+    def draw_batch(self, log_mel: Tensor, target: Tensor) -> None:
+        titles = []
+        for row in target.cpu().numpy()[:16]:
+            titles.append(" + ".join(f"{self.classes[c]} {row[c]:.2f}" for c in np.argsort(-row)[:3] if row[c] > 0))
+        plots.spectrogram_grid(self.folder / "first_batch.png", list(log_mel[:16, 0].cpu().numpy()), titles, self.cache.config,
+                               f"{self.settings.run.name}, fold {self.fold}: the first batch as the network sees it")
+
+    def finish(self) -> None:
+        """Out-of-fold predictions, golden windows, and the weights last: where they lie, the fold is done."""
+        names = self.held_out.filename.tolist()
+        oof = pd.DataFrame(self.predict(names), columns=list(self.classes))
+        oof.insert(0, "filename", names)
+        if not self.accelerator.is_main_process:
+            return
+        self.write_history()
+        with atomic(self.folder / "oof.csv") as partial:
+            oof.to_csv(partial, index=False, float_format="%.9g", lineterminator="\n")
+        windows = HeldOutWindows(names[:GOLDEN_WINDOWS], self.cache, only_first=True)
+        golden = torch.stack([windows[item][0] for item in range(len(windows))])
+        save_tensors(self.folder / "golden_windows.safetensors", {"windows": golden}, {})
+        save_tensors(self.folder / "weights.safetensors", self.kept.state_dict(), {"model": self.settings.model})
+        (self.folder / "checkpoint.safetensors").unlink(missing_ok=True)

@@ -1,0 +1,43 @@
+"""The golden example: a sound with its log-mel and its submission, computed where a bundle was built and again where it runs."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from . import audio, infer
+from .console import UserError, say
+from .onnx_models import find_models
+
+SOUND, LOG_MEL, SUBMISSION = "sound.wav", "log_mel.npy", "submission.csv"
+LOG_MEL_BOUND = 0.01  # dB; librosa in double precision comes to within 0.001
+PROBABILITY_BOUND = 1e-4
+
+
+def compute(folder: Path, runs: Sequence[str]) -> tuple[np.ndarray, pd.DataFrame]:
+    """The sound's log-mel (n_mels, frames) by the first model's recipe, and its rows of probabilities by src.infer."""
+    recipe = find_models([Path(run) for run in runs], threads=1)[0].audio
+    log_mel = audio.log_mel(audio.read_waveform(folder / SOUND, recipe.sample_rate), recipe)
+    with tempfile.TemporaryDirectory() as out:
+        rows = Path(out) / SUBMISSION
+        if infer.main(["--run", *runs, "--soundscapes", str(folder), "--out", str(rows), "--threads", "1"]):
+            raise UserError(f"{folder / SOUND} cannot be scored; the reason stands above")
+        return log_mel, pd.read_csv(rows, index_col="row_id")
+
+
+def check(folder: Path, runs: Sequence[str]) -> None:
+    """Computes the example again. Raises UserError where this machine comes to other numbers than the bundle holds."""
+    log_mel, table = compute(folder, runs)
+    expected_log_mel, expected = np.load(folder / LOG_MEL), pd.read_csv(folder / SUBMISSION, index_col="row_id")
+    if log_mel.shape != expected_log_mel.shape or not (table.index.equals(expected.index) and table.columns.equals(expected.columns)):
+        raise UserError(f"{folder}: the golden example has other rows, species or frames here than where the bundle was built; build the bundle again")
+    decibels = float(np.abs(log_mel - expected_log_mel).max())
+    probability = float(np.abs(table - expected).to_numpy().max())
+    if not (decibels <= LOG_MEL_BOUND and probability <= PROBABILITY_BOUND):
+        raise UserError(f"{folder}: the golden example comes out differently here: log-mel by {decibels:.2g} dB (bound {LOG_MEL_BOUND}), probabilities "
+                        f"by {probability:.2g} (bound {PROBABILITY_BOUND}); compare the printed versions with requirements.txt")
+    say(f"golden example: log-mel within {decibels:.1e} dB, probabilities within {probability:.1e} of where the bundle was built")

@@ -1,0 +1,96 @@
+"""A notebook on Kaggle: where its data are mounted, whether its bundle is whole, and the wheels that the image lacks."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from .console import UserError, say
+from .storage import sha256
+
+MANIFEST = "manifest.sha256"  # as sha256sum writes it
+COMPETITION_MOUNTS = ("*", "competitions/*")  # below /kaggle/input: the older layout, the newer
+PACKAGES = ("numpy", "scipy", "pandas", "librosa", "soundfile", "soxr", "onnxruntime", "matplotlib", "tqdm", "filelock")
+
+
+def describe() -> None:
+    """Prints the versions and the processor: what to look at first when two machines disagree."""
+    say(f"Python {platform.python_version()}, {os.cpu_count()} core(s), {platform.platform()}")
+    say(", ".join(f"{name} {_version(name) or 'absent'}" for name in PACKAGES))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def verify(bundle: Path) -> None:
+    """Reads every file of the manifest back. Raises UserError with the first that is missing or differs."""
+    try:
+        lines = (bundle / MANIFEST).read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{bundle / MANIFEST} is not readable ({error}); upload the bundle again") from error
+    for line in lines or [""]:
+        entry = re.fullmatch(r"([0-9a-f]{64})  ([!-~]+)", line)
+        if not entry:
+            raise UserError(f"{bundle / MANIFEST} is damaged at {line[:80]!r}; upload the bundle again")
+        digest, path = entry[1], bundle / entry[2]
+        if not path.is_file():
+            raise UserError(f"{path} is missing; upload the bundle again, with its folders (kaggle datasets create -r zip)")
+        if sha256(path) != digest:
+            raise UserError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}; upload the bundle again")
+    say(f"{bundle}: {len(lines)} files, all as they were built")
+
+
+def install_wheels(bundle: Path) -> None:
+    """Installs the bundle's wheels of packages that are absent, without a network; what is installed stays as it is."""
+    for wheel in sorted((bundle / "wheels").glob("*.whl")):
+        name = wheel.name.split("-")[0]
+        if _version(name):
+            continue
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", str(wheel)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"{wheel} cannot be installed here (Python {platform.python_version()}): {done.stderr.strip().splitlines()[0]}; "
+                            "download the wheel of this Python and build the bundle with it (src.bundle --wheels)")
+        importlib.invalidate_caches()  # the kernel runs already
+        say(f"installed {wheel.name}")
+    if find_spec("onnxruntime") is None:
+        raise UserError(f"onnxruntime is not installed and {bundle} holds no wheel of it; build the bundle with src.bundle --wheels")
+
+
+def find_competition(root: Path, slug: str = "") -> Path:
+    """The competition's folder: the one with a sample submission, of that slug where one is given. Raises UserError with what is there."""
+    found = sorted({sample.parent for mount in COMPETITION_MOUNTS for sample in root.glob(f"{mount}/sample_submission.csv")
+                    if slug in ("", sample.parent.name)})
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(f"{len(found)} competitions lie under {root}: {', '.join(folder.name for folder in found)}; "
+                        "name one in the notebook's parameter `competition`")
+    there = ", ".join(str(folder.relative_to(root)) for mount in ("*", "*/*") for folder in sorted(root.glob(mount)) if folder.is_dir())
+    raise UserError(f"no competition {slug or 'with a sample_submission.csv'} under {root}; attach it to the notebook. There: {there or 'nothing'}")
+
+
+def find_soundscapes(competition: Path) -> Path:
+    """The folder of test soundscapes; an empty one where the competition mounts none before it scores."""
+    folder = competition / "test_soundscapes"
+    if folder.is_dir():
+        return folder
+    say(f"{folder} is not mounted: going on with no soundscape at all, which makes a submission of the header alone")
+    return Path(tempfile.mkdtemp(prefix="no_soundscapes_"))
+
+
+def runs(bundle: Path) -> list[str]:
+    """The bundle's runs, as `src.infer --run` takes them."""
+    return [str(folder) for folder in sorted((bundle / "runs").iterdir())]

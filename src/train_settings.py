@@ -1,0 +1,72 @@
+"""What a training can be told: the flags of src.train, and the keys of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from .augment import AugmentSettings
+from .losses import Loss
+from .metadata import SecondaryLabels
+from .models import ModelSettings
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    data: tuple[Path, ...] = (Path("input/birdclef-2023"),)
+    """Folders in BirdCLEF's layout; further ones are always in training."""
+    folds: Path = Path("folds/birdclef-2023.csv")
+    cache: Path = Path("input/cache/birdclef-2023")
+    run: Path = Path("runs/asca")
+    fold: tuple[str, ...] = ("0",)
+    """One, several, or all."""
+    metadata: Path | None = None
+    """Another table in train_metadata.csv's columns for the first folder."""
+    noise: Path | None = None
+    """A folder of background noise, mixed in on the waveform path."""
+    model: str = "asca_nano"
+    epochs: int = 30
+    batch_size: int = 32
+    """Crops of one optimiser step, over all processes."""
+    accumulate: int = 1
+    """Work through a batch in so many parts: a smaller GPU holds the same recipe."""
+    learning_rate: float = 1e-3
+    """At the end of the warm-up; a cosine takes it to 0."""
+    warmup_epochs: float = 2.0
+    weight_decay: float = 0.05
+    """AdamW's, on weights of two or more dimensions."""
+    clip_gradient: float = 1.0
+    """The gradient's largest norm; 0: not clipped."""
+    ema_decay: float = 0.0
+    """Of the moving average of the weights, which is then what is scored and kept; it warms up from 0. 0: off."""
+    loss: Loss = "bce"
+    label_smoothing: float = 0.0
+    """A target of 1 becomes 1 - smoothing."""
+    sampling_power: float = 0.5
+    """A recording is drawn in proportion to (class count / all)^-power; 0: all alike."""
+    use_rating: bool = False
+    """Draw well rated recordings more often."""
+    secondary_labels: SecondaryLabels = "ignore"
+    """ignore (the paper), mask (out of the loss), soft, or hard."""
+    secondary_weight: float = 0.5
+    """The target of a soft secondary label."""
+    soft_labels: Path | None = None
+    """Probabilities to train on beside the labels, from python -m src.soft_labels."""
+    soft_weight: float = 0.5
+    """Of a soft label in a labelled recording's target; an unlabelled one's target is the soft label."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
+    compile: bool = False
+    """torch.compile: minutes at the start, for long trainings on a GPU."""
+    seed: int = 0
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:1; several at once by accelerate launch or torchrun."""
+    workers: int = -1
+    """Loader processes; -1: none on a CPU, one a core (at most 8) beside a GPU."""
+    threads: int = 0
+    """Of the CPU, for each process; 0: all cores, shared by the processes."""
+    restart: bool = False
+    """Begin anew, also where the run folder holds other settings."""
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
+    network: ModelSettings = field(default_factory=ModelSettings)

@@ -1,0 +1,151 @@
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from src import bundle, golden, infer, kaggle
+from src.console import UserError
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def copy(tmp_path, built) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "bundle"))
+
+
+def test_two_builds_are_the_same_bytes_and_the_manifest_covers_them(tmp_path, run, built):
+    again = tmp_path / "again"
+    for _ in range(2):  # the second one replaces the first
+        assert bundle.main(["--run", str(run), "--out", str(again), "--owner", "someone"]) == 0
+    assert contents(again) == contents(built) and [path.name for path in tmp_path.iterdir()] == ["again"]
+    listed = [line[66:] for line in (built / kaggle.MANIFEST).read_text().splitlines()]
+    assert sorted([*listed, kaggle.MANIFEST, *bundle.METADATA]) == sorted(contents(built))
+    assert {"runs/run/fold0/model.onnx", "src/infer.py", "src/__init__.py", "golden/sound.wav", "kaggle_submission.ipynb", "LICENSE"} <= set(listed)
+    assert not {"src/train.py", "src/demo_data.py", "src/bundle.py"} & set(listed)
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "--check", "--quiet", "--strict", kaggle.MANIFEST], cwd=built, check=True)
+
+
+def test_the_metadata_are_what_the_kaggle_command_takes(built):
+    data, kernel = (json.loads((built / name).read_text()) for name in bundle.METADATA)
+    assert data["id"] == "someone/asca-birdclef" and 6 <= len(data["title"]) <= 50 and len(data["licenses"]) == 1
+    assert kernel["id"] == "someone/asca-birdclef-submission" and kernel["title"].lower().replace(" ", "-") == kernel["id"].split("/")[1]
+    assert bundle.download_command() in (bundle.ROOT / "README.md").read_text(), "the README names another onnxruntime than the one installed"
+    assert kernel["dataset_sources"] == [data["id"]] and (built / kernel["code_file"]).exists() and kernel["enable_internet"] is False
+
+
+@pytest.mark.parametrize("name", ["runs/run/fold0/model.onnx", "src/audio.py", "golden/log_mel.npy", "LICENSE"])
+def test_a_flipped_bit_and_a_missing_file_are_refused_by_name(copy, name):
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        kaggle.verify(copy)
+    (copy / name).unlink()
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        kaggle.verify(copy)
+
+
+def test_a_damaged_manifest_is_refused(copy):
+    manifest = copy / kaggle.MANIFEST
+    for text in ("", manifest.read_text().replace("  LICENSE", " LICENSE")):
+        manifest.write_text(text)
+        with pytest.raises(UserError, match="is damaged at"):
+            kaggle.verify(copy)
+    manifest.unlink()
+    with pytest.raises(UserError, match="not readable"):
+        kaggle.verify(copy)
+
+
+def test_the_bundle_alone_infers_without_a_training_library(tmp_path, copy, run, soundscapes):
+    code = f"""
+import sys
+sys.path.insert(0, {str(copy)!r})
+from pathlib import Path
+from src import golden, infer, kaggle, timeline
+bundle = Path({str(copy)!r})
+assert Path(kaggle.__file__).parents[1] == bundle
+kaggle.verify(bundle)
+golden.check(bundle / "golden", kaggle.runs(bundle))
+assert infer.main(["--run", *kaggle.runs(bundle), "--soundscapes", {str(soundscapes)!r}, "--out", "s.csv", "--threads", "1"]) == 0
+bad = {{"torch", "timm", "torchvision", "sklearn", "albumentations", "audiomentations", "tyro"}} & set(sys.modules)
+assert not bad, bad
+"""
+    subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True)  # -I: neither this folder nor PYTHONPATH is on sys.path
+    assert infer.main(["--run", str(run), "--soundscapes", str(soundscapes), "--out", str(tmp_path / "expected.csv"), "--threads", "1"]) == 0
+    assert (tmp_path / "s.csv").read_bytes() == (tmp_path / "expected.csv").read_bytes()
+
+
+@pytest.mark.parametrize(("spoil", "message"), [
+    (lambda table: table.assign(demdov1=table.demdov1 + 0.001), "comes out differently"), (lambda table: table.iloc[:1], "other rows")])
+def test_other_numbers_than_the_golden_example_s_are_refused(copy, spoil, message):
+    spoil(pd.read_csv(copy / "golden/submission.csv", index_col="row_id")).to_csv(copy / "golden/submission.csv")
+    with pytest.raises(UserError, match=message):
+        golden.check(copy / "golden", kaggle.runs(copy))
+
+
+def test_what_cannot_be_bundled_is_refused(tmp_path, run, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("all of it")
+    shutil.copytree(run / "fold0", tmp_path / "run/fold0")
+    base = ["--run", str(run), "--out"]
+    for flags, message in (([*base, str(tmp_path / "mine")], "is no bundle"), ([*base, str(tmp_path / "b"), "--title", "ASCA"], "6 to 39"),
+                           ([*base, str(tmp_path / "b"), "--wheels", str(tmp_path)], "pip download onnxruntime=="),
+                           (["--run", str(run), str(tmp_path / "run"), "--out", str(tmp_path / "b")], "two runs are named run"),
+                           (["--run", "--out", str(tmp_path / "b")], "names no run"),
+                           (["--run", str(tmp_path / "none"), "--out", str(tmp_path / "b")], "holds no trained fold")):
+        assert bundle.main(flags) == 1
+        assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "run"]
+
+
+def test_a_wheel_is_installed_where_its_package_is_absent(tmp_path):
+    """Into an environment of its own; the wheel is made here, and named onnxruntime so that the last look finds it."""
+    wheel = tmp_path / "bundle/wheels/onnxruntime-9.9-py3-none-any.whl"
+    for folder in ("downloaded", "bundle"):
+        (tmp_path / folder).mkdir()
+    with zipfile.ZipFile(tmp_path / "downloaded" / wheel.name, "w") as file:
+        file.writestr("onnxruntime.py", "made = True\n")
+        file.writestr("onnxruntime-9.9.dist-info/METADATA", "Metadata-Version: 2.1\nName: onnxruntime\nVersion: 9.9\n")
+        file.writestr("onnxruntime-9.9.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr("onnxruntime-9.9.dist-info/RECORD", "")
+    bundle.write_wheels(tmp_path / "downloaded", wheel.parent)
+    borrowed = tmp_path / "borrowed"  # the few packages that the code and pip's start need
+    borrowed.mkdir()
+    for name in ("pip", "tqdm", "filelock"):
+        (borrowed / name).symlink_to(Path(importlib.util.find_spec(name).origin).parent)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    code = ("from pathlib import Path\nfrom src import kaggle\nbundle = Path('bundle').resolve()\n"
+            "kaggle.install_wheels(bundle); import onnxruntime; assert onnxruntime.made; kaggle.install_wheels(bundle)")
+    python, env = tmp_path / "venv/bin/python", {"PYTHONPATH": f"{Path(kaggle.__file__).parents[1]}:{borrowed}", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([python, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "installed onnxruntime-9.9-py3-none-any.whl\n"
+    wheel.rename(wheel.with_name("other-1.0-cp27-none-win32.whl"))
+    done = subprocess.run([python, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "cannot be installed here" in done.stderr and "not a supported wheel" in done.stderr
+
+
+@pytest.mark.parametrize("mount", ["birdclef-2023", "competitions/birdclef-2023"])
+def test_the_competition_is_found_under_both_mounts(tmp_path, mount, capsys):
+    (tmp_path / "asca-birdclef").mkdir()
+    with pytest.raises(UserError, match="attach it to the notebook. There: asca-birdclef"):
+        kaggle.find_competition(tmp_path)
+    folder = tmp_path / mount
+    folder.mkdir(parents=True)
+    (folder / "sample_submission.csv").write_text("row_id,a\n")
+    assert kaggle.find_competition(tmp_path) == folder == kaggle.find_competition(tmp_path, "birdclef-2023")
+    assert not list(kaggle.find_soundscapes(folder).iterdir()) and "not mounted" in capsys.readouterr().out
+    shutil.copytree(folder, folder.with_name("birdclef-2024"))
+    with pytest.raises(UserError, match="2 competitions"):
+        kaggle.find_competition(tmp_path)
+    assert kaggle.find_competition(tmp_path, "birdclef-2023") == folder

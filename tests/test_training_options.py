@@ -1,0 +1,130 @@
+"""Several processes, parts of batches, the moving average, other losses and heads, soft labels."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from src import cache, distil, evaluate, train
+from src.augment import random_filter, roll
+from src.checkpoint import load_tensors
+from src.console import UserError
+from src.dataset import BalancedSampler
+from src.folds import read_folds
+from src.losses import multi_label_loss
+from src.metadata import read_metadata
+from src.models import ModelSettings, create_model
+from src.models.asca import AscaSettings
+from src.models.torchvision_guard import import_timm
+from src.soft_labels import blend, read_soft_labels
+
+from .conftest import make_data
+
+
+def test_two_processes_score_the_same_recordings_and_learn_the_same_way(tmp_path, run, train_flags):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "src.train"]
+    done = subprocess.run([*command, "--", *train_flags, "--run", str(tmp_path), "--device", "cpu", "--ema-decay", "0.9"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("epoch   3:") == 1 and "2 x cpu" in done.stdout  # one process speaks
+    ours, alone = (pd.read_csv(folder / "fold0/oof.csv") for folder in (tmp_path, run))
+    assert ours.filename.tolist() == alone.filename.tolist() and np.isfinite(ours.iloc[:, 1:]).all(axis=None)
+    ours, alone = (pd.read_csv(folder / "fold0/history.csv") for folder in (tmp_path, run))
+    assert ours.train_loss[0] == pytest.approx(alone.train_loss[0], rel=0.15)  # the same crops; batch norm and mixup see halves
+    assert ours.learning_rate.tolist() == alone.learning_rate.tolist()
+
+
+@pytest.mark.parametrize(("processes", "accumulate"), [(1, 1), (2, 1), (1, 3), (2, 3)])
+def test_processes_and_parts_share_the_same_crops(processes, accumulate):
+    whole = BalancedSampler(np.ones(40), 12, seed=1)
+    parts = [list(BalancedSampler(np.ones(40), 12, 1, accumulate=accumulate, process=k, processes=processes)) for k in range(processes)]
+    for number, batch in enumerate(whole):
+        seen = [key for part in parts for keys in part[number * accumulate : (number + 1) * accumulate] for key in keys]
+        assert sorted(seen) == sorted(batch)
+    assert all(len(keys) == 12 // (processes * accumulate) for part in parts for keys in part)
+
+
+def test_a_batch_in_parts_is_one_step_and_the_average_is_what_is_kept(tmp_path, train_flags, capsys):
+    flags = [*train_flags, "--epochs", "1", "--batch-size", "6", "--accumulate", "3", "--ema-decay", "0.9", "--loss", "focal", "--head", "gem",
+             "--roll-probability", "1", "--filter-db", "6", "--crop-choices", "2"]
+    assert train.main([*flags, "--run", str(tmp_path)]) == 0
+    weights, _ = load_tensors(tmp_path / "fold0/weights.safetensors")
+    assert weights["network.head.power"].shape == ()
+    assert train.main([*train_flags, "--run", str(tmp_path / "x"), "--accumulate", "4"]) == 1 and "multiple of 4" in capsys.readouterr().err
+    assert train.main([*train_flags, "--run", str(tmp_path / "x"), "--precision", "fp16"]) == 1 and "needs a GPU" in capsys.readouterr().err
+
+
+def test_losses_equal_timm_and_torch():
+    torch.manual_seed(0)
+    logits, target = torch.randn(5, 7) * 3, (torch.rand(5, 7) > 0.7).float()
+    import_timm()
+    from timm.loss import AsymmetricLossMultiLabel
+
+    ones = torch.ones_like(target)
+    assert multi_label_loss(logits, target, ones, "asymmetric") * 7 == pytest.approx(AsymmetricLossMultiLabel()(logits, target).item(), rel=1e-5)
+    p = torch.where(target == 1, logits.sigmoid(), 1 - logits.sigmoid())
+    assert multi_label_loss(logits, target, ones, "focal").item() == pytest.approx((-(1 - p) ** 2 * p.log()).mean().item(), rel=1e-4)
+    masked = multi_label_loss(logits, target, torch.zeros_like(target).index_fill(1, torch.tensor([2]), 1), "bce")
+    assert masked.item() == pytest.approx(torch.nn.functional.binary_cross_entropy_with_logits(logits[:, 2], target[:, 2]).item() / 7, rel=1e-5)
+
+
+def test_attention_head_weighs_time_steps():
+    model = create_model("asca_test", 3, _audio(), ModelSettings(input_side=64, asca=AscaSettings(head="attention")))
+    head = model.network.head
+    x = torch.randn(2, 128, 4, 5)
+    with torch.no_grad():
+        head.attention.weight.zero_()
+        head.attention.bias.zero_()
+        assert torch.allclose(head(x), head.fc(x.mean((2, 3))[:, :, None])[:, :, 0], atol=1e-6)  # equal weights: the mean
+
+
+def test_roll_keeps_the_frames_and_filters_keep_silence(rng):
+    crop = rng.integers(20, 200, (50, 128)).astype(np.uint8)
+    crop[:10] = 0
+    turned = roll(crop, 1.0, rng)
+    assert sorted(map(bytes, turned)) == sorted(map(bytes, crop))
+    filtered = random_filter(crop, 7.0, rng)
+    difference = filtered.astype(int)[10:] - crop[10:]
+    assert (filtered[:10] == 0).all() and 0 < np.abs(difference).max() <= 7
+    assert (difference == difference[0]).all()  # one response for all frames
+
+
+def test_soft_labels_enter_out_of_fold_only(tmp_path, data, run, train_flags, fold_table, capsys):
+    assert train.main([*train_flags, "--run", str(run), "--fold", "1", "2"]) == 0
+    extra = tmp_path / "extra"  # recordings without labels
+    make_data(extra, per_species=2)
+    table = pd.read_csv(extra / "train_metadata.csv").assign(primary_label="")
+    table["filename"] = ["new/" + name.replace("/", "_") for name in table.filename]
+    for path in list((extra / "train_audio").rglob("*.ogg")):
+        (extra / "train_audio/new").mkdir(exist_ok=True)
+        path.rename(extra / "train_audio/new" / f"{path.parent.name}_{path.name}")
+    table.to_csv(extra / "train_metadata.csv", index=False)
+    both = ["--data", str(data), str(extra)]
+    assert cache.main([*both, "--out", str(tmp_path / "cache")]) == 0
+    soft = tmp_path / "soft.csv"
+    assert distil.main(["--run", str(run), "--data", str(extra), "--cache", str(tmp_path / "cache"), "--out", str(soft)]) == 0
+    metadata, folds = read_metadata([data, extra]), read_folds(fold_table)
+    found = read_soft_labels(soft, metadata, folds)
+    pooled = pd.concat(evaluate.out_of_fold(run, (), None)[0].values()).set_index("filename")
+    assert len(found) == len(pooled) + len(table)
+    assert np.allclose(found.loc[pooled.index], pooled, atol=1e-5)
+    target = np.eye(3, dtype=np.float32)[[0, 1]]
+    rows = metadata.table[metadata.table.filename.isin([pooled.index[0], table.filename[0]])].reset_index(drop=True)
+    blended, weight = blend(rows, target, np.ones_like(target), found, 0.25)
+    assert np.allclose(blended[0], 0.75 * target[0] + 0.25 * found.loc[rows.filename[0]]) and np.allclose(blended[1], found.loc[rows.filename[1]])
+    flags = [*train_flags, *both, "--cache", str(tmp_path / "cache"), "--epochs", "1", "--soft-labels", str(soft)]
+    assert train.main([*flags, "--run", str(tmp_path / "student")]) == 0
+    assert f"{12 + len(table)} recordings in training" in capsys.readouterr().out
+    leaky = pd.read_csv(soft, dtype=str)
+    leaky.loc[0, "source"] = str((int(leaky.source[0]) + 1) % 3)  # a model that was trained on this recording
+    leaky.to_csv(soft, index=False)
+    with pytest.raises(UserError, match="held them out"):
+        read_soft_labels(soft, metadata, folds)
+
+
+def _audio():
+    from src.config import AudioConfig
+
+    return AudioConfig()

@@ -1,4 +1,7 @@
-"""MODELS: name -> constructor. A model maps (B, 1, n_mels, window_frames) float32 dB to (B, n_classes) logits."""
+"""MODELS: name -> constructor. A model maps (B, 1, n_mels, window_frames) float32 dB to (B, n_classes) logits.
+
+`timm:<name>` is any other of timm's classifiers.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,12 @@ from torch import Tensor, nn
 from ..config import AudioConfig
 from ..console import UserError
 from .asca import ASCA, VARIANTS, AscaSettings
+from .ast import AST
 from .log_mel_input import LogMelInput
+from .mast import mvit
+from .panns import PANN
+from .psla import PSLA
+from .timm_backbone import timm_backbone
 
 
 @dataclass(frozen=True)
@@ -30,10 +38,28 @@ def _asca(variant: str, n_classes: int, side: int, settings: ModelSettings) -> n
     return ASCA(variant, n_classes, side=side, drop_path=settings.drop_path, settings=settings.asca)
 
 
+def _rival(construct: Callable[..., nn.Module], n_classes: int, side: int, settings: ModelSettings) -> nn.Module:
+    return construct(n_classes, side=side, drop_path=settings.drop_path)
+
+
+RIVALS: dict[str, Callable[..., nn.Module]] = {
+    "efficientnet_b0": partial(timm_backbone, "efficientnet_b0"),
+    "panns_cnn14": partial(PANN, "cnn14"),
+    "panns_cnn10": partial(PANN, "cnn10"),
+    "ast": partial(AST, "base"),
+    "ast_tiny": partial(AST, "tiny"),
+    "mast": partial(mvit, "base"),
+    "mast_tiny": partial(mvit, "tiny"),
+    "psla": partial(PSLA, "b2"),
+    "psla_b0": partial(PSLA, "b0"),
+    "eca_nfnet_l0": partial(timm_backbone, "eca_nfnet_l0"),
+    "tf_efficientnetv2_s": partial(timm_backbone, "tf_efficientnetv2_s"),
+}
+
 # name -> (usual input side, constructor of the network behind LogMelInput)
 MODELS: dict[str, tuple[int, Callable[[int, int, ModelSettings], nn.Module]]] = {
     f"asca_{variant}": (side, partial(_asca, variant)) for variant, (_, _, _, side) in VARIANTS.items()
-}
+} | {name: (224, partial(_rival, construct)) for name, construct in RIVALS.items()}
 
 
 class Model(nn.Module):
@@ -49,9 +75,12 @@ class Model(nn.Module):
 
 def create_model(name: str, n_classes: int, audio: AudioConfig, settings: ModelSettings = ModelSettings()) -> Model:
     """A model with fresh weights. Raises UserError for an unknown name or an input side that the network refuses."""
-    if name not in MODELS:
-        raise UserError(f"unknown model {name}; choose one of {', '.join(MODELS)}")
-    usual_side, construct = MODELS[name]
+    if name.startswith("timm:"):
+        usual_side, construct = 224, partial(_rival, partial(timm_backbone, name.removeprefix("timm:")))
+    elif name in MODELS:
+        usual_side, construct = MODELS[name]
+    else:
+        raise UserError(f"unknown model {name}; choose one of {', '.join(MODELS)} or timm:<one of timm's>")
     side = settings.input_side or usual_side
     try:
         network = construct(n_classes, side, settings)

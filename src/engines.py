@@ -40,13 +40,14 @@ class Engine:
 
 
 def choose(name: str, precision: str) -> Engine:
-    """The engine of --engine and --precision. `auto`: OpenVINO where it is installed or a precision needs it, else onnxruntime.
+    """The engine of --engine and --precision. `auto`: onnxruntime in f32, where OpenVINO took as long for asca_nano and longer for
+    asca_test (benchmarks/inference.py measures it anew); OpenVINO for bf16 and int8, which it alone has.
 
     Raises UserError for what is not installed, what onnxruntime lacks, and what this CPU would only imitate.
     """
     installed = importlib.util.find_spec("openvino") is not None
     if name == "auto":
-        name = "openvino" if installed or precision != "f32" else "onnxruntime"
+        name = "onnxruntime" if precision == "f32" else "openvino"
     if name == "onnxruntime" and precision != "f32":
         raise UserError(f"--engine onnxruntime computes in f32 only; --precision {precision} needs --engine openvino")
     if name == "openvino" and not installed:

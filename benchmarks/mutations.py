@@ -137,12 +137,13 @@ def main(argv: list[str] | None = None) -> int:
     text = "\n".join([
         "# Mutated recordings", "", about("python -m benchmarks.mutations"), "",
         f"{len(mutated)} mutated copies of {N_GOOD} soundscapes of {SECONDS} s and {len(broken) + len(valid)} odd files, scored in one folder with the good "
-        "ones. Listed: named in the failures file with its cause. Harmless: decodes to the samples of the original. Undetected: decodes to as many samples as its "
-        "header says, but to others (Vorbis and soundfile report nothing).", "",
+        "ones. Listed: named in the failures file with its cause. Harmless: decodes to the samples of the original. Undetected: decodes to as many "
+        "samples as its header says, but to others (Vorbis and soundfile report nothing).", "",
         "| mutation | listed | harmless | undetected |", "|---|---|---|---|", *lines,
         f"| **all** | {total.listed} | {total.harmless} | {total.undetected} |", "",
         f"Rows of the good soundscapes that are byte for byte as without the others: {same} of {len(good) - 1}. "
-        f"Broken odd files listed: {len(broken & listed)} of {len(broken)}; valid odd files (one sample, stereo, 44.1 kHz, WAV and MP3 named .ogg) scored: {len(valid - listed)} of {len(valid)}.",
+        f"Broken odd files listed: {len(broken & listed)} of {len(broken)}; valid odd files (one sample, stereo, 44.1 kHz, WAV and MP3 "
+        f"named .ogg) scored: {len(valid - listed)} of {len(valid)}.",
         ""])
     write_text(Path("benchmarks/results/mutations.md"), text)
     say(text)

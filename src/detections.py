@@ -156,7 +156,7 @@ class DetectionTables:
         self.classes, self.thresholds, self.names, self.config = classes, thresholds, names, config
         finite = {label: float(value) for label, value in zip(classes, thresholds) if np.isfinite(value)}
         used = {label: list(names[label]) for label in finite if label in names}
-        self.recipe = {**settings, "formats": sorted(formats), "pictures": str(pictures), "thresholds": finite,
+        self.recipe = {**settings, "formats": sorted(formats), "pictures": bool(pictures), "thresholds": finite,
                        "names_crc32": zlib.crc32(json.dumps(used, sort_keys=True).encode())}
         self._held = ExitStack()
         self._held.enter_context(owned(folder))
@@ -182,9 +182,10 @@ class DetectionTables:
                             "name another --tables, or begin anew with --restart")
         return entries
 
-    def to_do(self, soundscapes: Sequence[Soundscape]) -> list[Soundscape]:
-        """The soundscapes whose tables are not there yet, or whose recording has changed."""
-        kept = {s.name: entry for s in soundscapes if (entry := self.entries.get(self._file(s))) and self._is_done(s, entry)}
+    def to_do(self, soundscapes: Sequence[Soundscape], *, again: bool = False) -> list[Soundscape]:
+        """The soundscapes whose tables are not there yet, or whose recording has changed; all, if they are done `again`."""
+        done = {} if again else self.entries
+        kept = {s.name: entry for s in soundscapes if (entry := done.get(self._file(s))) and self._is_done(s, entry)}
         for soundscape in soundscapes:
             if soundscape.name in kept:
                 soundscape.seconds_decoded, soundscape.fault = kept[soundscape.name]["seconds_decoded"], kept[soundscape.name]["fault"]

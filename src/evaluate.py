@@ -5,14 +5,12 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
 
-from . import metrics
+from . import competitions, metrics
 from .cache import Cache
-from .competitions import COMPETITIONS
 from .config import differences
 from .console import UserError, say, stage
 from .metadata import Metadata, read_csv, read_metadata, targets
@@ -36,7 +34,7 @@ class EvaluateSettings:
     """Score this submission instead of a run ..."""
     labels: Path | None = None
     """... against this CSV of row_id and labels (separated by blanks or semicolons)."""
-    competition: Literal["birdclef-2023", "birdclef-2024", "birdclef-2025", "birdclef-2026"] = "birdclef-2023"
+    competition: str = competitions.DEFAULT
     """Whose metric comes first among a submission's scores."""
 
 
@@ -177,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.submission is None:
         evaluate_run(settings)
         return
-    first = COMPETITIONS[settings.competition].metric
+    first = competitions.competition(settings.competition).metric
     scores = score_submission(settings.submission, settings.labels, settings.resamples)
     say(f"{settings.submission} against {settings.labels}, with 95 % intervals over rows; {settings.competition}'s metric is {NAMES[first]}:")
     for name in sorted(scores, key=lambda name: name != first):

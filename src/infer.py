@@ -21,7 +21,7 @@ from .scoring import TIME_WAS_UP, Ensemble, score
 from .soundscapes import Soundscape, find_soundscapes
 from .storage import atomic, safe_cell, sha256
 
-MARGIN_SECONDS, MARGIN_SHARE = 2.0, 0.02  # of the time limit kept free, beside twice what the last write and its validation take
+MARGIN_SECONDS, MARGIN_SHARE = 5.0, 0.02  # of the time limit kept free, beside twice what the last write and its validation take
 
 
 def choose_columns(models: list[OnnxModel], sample: Path | None, soundscapes: Path) -> tuple[str, ...]:
@@ -107,16 +107,15 @@ def main(argv: list[str] | None = None) -> int:
         f"{len(models)} model(s) on {threads} CPU thread(s), {engine}")
     for_people = set(options.format) & set(detections.SUFFIXES) or options.pictures
     with open_tables(options, models, classes) if for_people else nullcontext() as tables:
-        to_do = tables.to_do(soundscapes) if tables else soundscapes
-        if "submission" in options.format:
-            to_do = soundscapes  # its rows are all of one run
-        elif len(to_do) < len(soundscapes):
+        submission_too = "submission" in options.format  # its rows are all of one run: nothing is continued
+        to_do = tables.to_do(soundscapes, again=submission_too) if tables else soundscapes
+        if len(to_do) < len(soundscapes):
             say(f"continuing {options.tables}: {len(soundscapes) - len(to_do)} of {len(soundscapes)} recordings are done")
         seconds = options.started + 60 * options.time_limit - time.time() if options.time_limit else None
         guard = Guard(seconds, hop_seconds=options.hop_seconds, full_hop_seconds=submission.ROW_SECONDS, n_models=len(models),
                       n_rows=sum(s.n_rows for s in to_do if not s.fault))
         ensemble = Ensemble(models, classes, guard)
-        file = begin_submission(options.out, soundscapes, classes, ensemble.prior, guard) if "submission" in options.format else None
+        file = begin_submission(options.out, soundscapes, classes, ensemble.prior, guard) if submission_too else None
         for result in score(to_do, ensemble, batch_size=options.batch_size or max(8, 2 * threads), overviews=bool(options.pictures)):
             soundscape = to_do[result.number]
             if file:
@@ -150,7 +149,7 @@ def list_failures(path: Path, soundscapes: list[Soundscape]) -> None:
         path.unlink(missing_ok=True)
         return
     with atomic(path) as partial:
-        pd.DataFrame([[safe_cell(s.path.name), f"{s.seconds_decoded:.2f}", safe_cell(s.fault)] for s in failed],
+        pd.DataFrame([[safe_cell(s.name + s.path.suffix), f"{s.seconds_decoded:.2f}", safe_cell(s.fault)] for s in failed],
                      columns=["filename", "seconds_decoded", "cause"]).to_csv(partial, index=False, lineterminator="\n")
     late = sum(s.fault.startswith(TIME_WAS_UP) for s in failed)
     if late:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,16 +78,25 @@ class Ensemble:
         return Scored(number, np.where(known[:, None], total / np.maximum(count, 1), self.prior).astype(np.float32), known, complete)
 
 
-def score(soundscapes: list[Soundscape], ensemble: Ensemble, *, batch_size: int, overviews: bool = False) -> Iterator[Scored]:
-    """Every soundscape's rows, in order. When the time is up, the rest hold the prior and say so as their fault."""
-    guard, n_done, told = ensemble.guard, 0, not ensemble.guard.limited
-    timer = threading.Timer(max(0.0, guard.left()) if guard.limited else 0, lambda: setattr(ensemble.halt, "terminate", True))
+@contextmanager
+def halting(guard: Guard, options: onnxruntime.RunOptions) -> Iterator[None]:
+    """Ends the model's call under way when the time is up."""
+    timer = threading.Timer(max(0.0, min(guard.left(), threading.TIMEOUT_MAX)), lambda: setattr(options, "terminate", True))
     timer.daemon = True
     if guard.limited:
         timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def score(soundscapes: list[Soundscape], ensemble: Ensemble, *, batch_size: int, overviews: bool = False) -> Iterator[Scored]:
+    """Every soundscape's rows, in order. When the time is up, the rest hold the prior and say so as their fault."""
+    guard, n_done, told = ensemble.guard, 0, not ensemble.guard.limited
     batches = ahead(decode(soundscapes, ensemble.starts, batch_size, overviews=overviews), guard.left)
     total = guard.rows_left
-    with progress(what="scoring", total=round(total), unit="row") as bar, closing(batches):
+    with halting(guard, ensemble.halt), progress(what="scoring", total=round(total), unit="row") as bar, closing(batches):
         for number, config, windows in batches:
             soundscape = soundscapes[number]
             if config is None:
@@ -107,7 +116,6 @@ def score(soundscapes: list[Soundscape], ensemble: Ensemble, *, batch_size: int,
             if guard.revise():
                 say(f"deadline: {before / 60:.2f} min to go, {guard.left() / 60:.2f} min left: from here on windows every {guard.plan.hop_seconds:g} s, "
                     f"{guard.plan.n_models} of {len(ensemble.models)} model(s)")
-    timer.cancel()
     for number, soundscape in enumerate(soundscapes[n_done:], start=n_done):
         result = ensemble.rows(number, soundscape, complete=False)
         soundscape.fault = soundscape.fault or f"{TIME_WAS_UP}: {result.known.sum()} of {soundscape.n_rows} rows are scored"

@@ -38,7 +38,8 @@ def find_soundscapes(folder: Path, expected_seconds: float, *, recursive: bool =
     if not folder.is_dir():
         raise UserError(f"--soundscapes {folder} is no folder")
     paths = sorted(path for path in (folder.rglob("*") if recursive else folder.iterdir())
-                   if path.suffix.lower() in audio.SUFFIXES and not path.name.startswith(".") and path.is_file())
+                   if path.suffix.lower() in audio.SUFFIXES and path.is_file()
+                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
     names = [path.relative_to(folder).with_suffix("").as_posix() for path in paths]
     doubled = pd.Series(names, dtype=str)[lambda name: name.duplicated()]
     if len(doubled):

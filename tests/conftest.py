@@ -7,9 +7,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import settings
 
 from src import bundle, cache, export, folds, train
 from src.demo_data import RATE, SPECIES, noise, sing, write_audio
+
+settings.register_profile("untimed", deadline=None)  # a busy machine is no fault
+settings.load_profile("untimed")
 
 TRAIN = ("--model", "asca_test", "--input-side", "64", "--epochs", "3", "--batch-size", "6", "--threads", "1", "--fold", "0")
 

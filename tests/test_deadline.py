@@ -52,7 +52,7 @@ def test_overlap_goes_first_then_members_from_the_last_then_soundscapes():
     assert hopeless.plans == [Plan(5.0, 1)] and 0 < hopeless.done < 1000 < everything
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(share=st.floats(0.05, 1.5), costs=st.lists(st.floats(0.02, 2.0), min_size=1, max_size=5), hop=st.sampled_from([1.0, 2.5, 5.0]),
        late=st.floats(0.3, 3.0))
 def test_scoring_ends_in_time_whatever_the_pace_does(share, costs, hop, late):
@@ -72,16 +72,16 @@ def slow(tmp_path_factory):
     for number in range(2):
         slow_model(root / f"run/fold{number}", layers=12, seed=number)
     for number in range(3):
-        make_soundscape(root / f"soundscapes/s_{number}.ogg", 60.0, seed=number)
+        make_soundscape(root / f"soundscapes/s_{number}.ogg", 60.0 if number else 15.0, seed=number)
     return root
 
 
 def test_a_limit_that_is_far_too_short_leaves_a_valid_submission(slow, capsys):
     flags = ["--run", str(slow / "run"), "--soundscapes", str(slow / "soundscapes"), "--out", str(slow / "t.csv"), "--threads", "1"]
-    assert infer.main([*flags, "--time-limit", "0.06"]) == 0
+    assert infer.main([*flags, "--time-limit", "0.12"]) == 0
     text = capsys.readouterr().out
     table = pd.read_csv(slow / "t.csv", index_col="row_id")
-    assert "filled with the prior" in text and "the time was up before" in text and len(table) == 36
+    assert "filled with the prior" in text and "the time was up before" in text and len(table) == 27
     assert submission.check(slow / "t.csv", classes=CLASSES) == [] and np.allclose(table.loc["s_2_60"], PRIOR)
     assert read_csv(slow / "t_failures.csv").cause.str.startswith("the time was up: ").all()
     assert infer.main([*flags, "--time-limit", "5", "--started", "1000000000"]) == 0  # over before it began
@@ -118,7 +118,7 @@ def test_dropped_members_count_no_more_and_the_others_as_before(slow):
     found = find_soundscapes(slow / "soundscapes", 60)[:1]
     by_plan = []
     for models_used, plan in (([models[0]], Plan(5.0, 1)), (models, Plan(5.0, 1))):
-        guard = Guard(None, hop_seconds=5.0, full_hop_seconds=5.0, n_models=len(models_used), n_rows=12)
+        guard = Guard(None, hop_seconds=5.0, full_hop_seconds=5.0, n_models=len(models_used), n_rows=3)
         guard.plan = plan
         by_plan.append(next(score(found, Ensemble(models_used, CLASSES, guard), batch_size=8)).probability)
     np.testing.assert_array_equal(*by_plan)

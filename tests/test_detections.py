@@ -41,7 +41,10 @@ def detect(run, field, out, *flags) -> int:
 
 
 def test_tables_are_what_raven_audacity_and_spreadsheets_read(tmp_path, run, field, capsys):
-    assert detect(run, field, tmp_path, "--format", "submission,raven", "audacity csv", "--pictures", str(tmp_path / "pictures")) == 0
+    flags = ["--format", "submission,raven", "audacity csv", "--pictures", str(tmp_path / "pictures")]
+    assert detect(run, field, tmp_path, *flags) == 0
+    before = files(tmp_path)
+    assert detect(run, field, tmp_path, *flags) == 0 and files(tmp_path) == before  # a submission is made anew, to the same bytes
     rows = pd.read_csv(tmp_path / "s.csv", index_col="row_id")
     assert rows.index[rows.index.str.startswith("day ")].tolist()[:5] == [f"day 1/rec_{5 * k}" for k in range(1, 5)] + ["day 2/rec_5"]
     assert infer.main(["--check", str(tmp_path / "s.csv"), "--soundscapes", str(field / "season"), "--recursive", "--expected-seconds", "10"]) == 0

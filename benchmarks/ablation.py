@@ -23,7 +23,6 @@ from src import evaluate, metrics
 from src.console import UserError, say, stage
 from src.demo_data import RATE, noise, write_audio
 from src.metadata import read_csv
-from src.prepare_esc import prepare_esc
 from src.run_config import read_config
 from src.settings import parse
 from src.storage import atomic, write_text
@@ -77,7 +76,7 @@ def prepare(settings: AblationSettings) -> dict[str, list[object]]:
     if settings.esc10:
         data, made = settings.runs / "esc10", settings.runs / "made_noise"
         if not (data / "folds.csv").exists():
-            prepare_esc(settings.esc10, data, only_ten=True)
+            call("src.prepare", "esc10", settings.esc10, "--out", data)
             rng = np.random.default_rng(0)
             for number in range(12):
                 write_audio(made / f"{number}.ogg", (0.05 * noise(10, ("wind", "rain", "insects")[number % 3], rng)).astype(np.float32)[: 10 * RATE])

@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 STAGES = ("folds", "cache", "train", "evaluate", "export", "infer")
-AROUND = ("prepare", "bundle", "timeline", "demo")
+AROUND = ("prepare", "distil", "bundle", "timeline", "demo")
 
 
 def first_line(module: str) -> str:

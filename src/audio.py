@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -63,25 +65,45 @@ def _cause(path: Path | str, error: Exception) -> str:
     return str(getattr(error, "error_string", error)).strip().rstrip(".") or type(error).__name__
 
 
-def ogg_is_truncated(path: Path | str) -> bool:
-    """Whether an Ogg file's last page is cut or lacks the end-of-stream flag: truncation that the frame count cannot show."""
+def ogg_fault(path: Path | str) -> str:
+    """What is wrong with an Ogg file's pages (RFC 3533), which Vorbis decodes around in silence: a wrong checksum, a page lost, doubled or
+    cut, no end of stream. "" where nothing is, and for other formats."""
+    next_page: dict[int, int] = {}  # of each logical stream, by serial number
     with open(path, "rb") as file:
         if file.read(4) != b"OggS":
-            return False
-        file.seek(-min(os.path.getsize(path), 2 * 65_307), os.SEEK_END)  # the largest Ogg page has 65,307 bytes
-        tail = file.read()
-    page = tail[max(0, tail.rfind(b"OggS\0")) :]
-    if len(page) < 27 or not page[5] & 4:  # RFC 3533: byte 5 holds the flags, 4 is end of stream
-        return True
-    segments = page[27 : 27 + page[26]]  # their sizes
-    return len(page) < 27 + page[26] + sum(segments)
+            return ""
+        file.seek(0)
+        number, at_end = 0, False
+        while header := file.read(27):
+            if header[:4] != b"OggS":
+                return "" if at_end else f"damaged: no Ogg page follows page {number}"  # a tag behind the end is none of ours
+            sizes = file.read(header[26]) if len(header) == 27 else b""
+            body = file.read(sum(sizes))
+            if len(header) < 27 or len(sizes) < header[26] or len(body) < sum(sizes):
+                return "truncated: the last Ogg page is cut"
+            flags, serial, sequence, checksum = struct.unpack("<5xB8xIII1x", header)
+            if _ogg_crc(header[:22] + bytes(4) + header[26:] + sizes + body) != checksum:
+                return f"damaged: the checksum of Ogg page {number + 1} is wrong"
+            if sequence != next_page.get(serial, sequence):
+                return f"damaged: Ogg page {number + 1} is not the one that follows page {number}"
+            next_page[serial], at_end, number = sequence + 1, bool(flags & 4), number + 1
+    return "" if at_end else "truncated: the last Ogg page lacks the end-of-stream flag"
+
+
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+
+def _ogg_crc(page: bytes) -> int:
+    """Ogg's CRC-32 is zlib's with every byte's bits in the other order, and nothing inverted at its begin and end."""
+    crc = zlib.crc32(page.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return int(f"{crc:032b}"[::-1], 2)
 
 
 def read_blocks(path: Path | str, sample_rate: int) -> Iterator[np.ndarray]:
     """Yields the file's waveform as float32 mono blocks at `sample_rate`, in bounded memory.
 
     Everything that decodes is yielded; then DamagedAudio is raised if the file raised, held fewer samples than
-    its header says, or is a truncated Ogg stream. Never decodes to int16: soundfile wraps Vorbis peaks over 1.0.
+    its header says, or has Ogg pages that are damaged or missing. Never decodes to int16: soundfile wraps Vorbis peaks over 1.0.
     """
     header = read_header(path)
     resample = None
@@ -102,8 +124,8 @@ def read_blocks(path: Path | str, sample_rate: int) -> Iterator[np.ndarray]:
         yield resample.resample_chunk(np.zeros(0, np.float32), last=True)
     if cause is None and n_decoded < header.n_samples:
         cause = f"only {n_decoded} of {header.n_samples} samples decode"
-    if cause is None and ogg_is_truncated(path):
-        cause = "truncated: the last Ogg page is cut or lacks the end-of-stream flag"
+    if cause is None:
+        cause = ogg_fault(path) or None
     if cause:
         raise DamagedAudio(cause)
 

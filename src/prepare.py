@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -34,12 +35,32 @@ def birdclef(source: Path, out: Path, year: Competition) -> pd.DataFrame:
         write_table(soundscape_labels(source / year.soundscape_labels), out / "soundscape_labels.csv")
     for name in ("sample_submission.csv", year.taxonomy):
         if (source / name).exists():
-            with atomic(out / name) as partial:
-                shutil.copyfile(source / name, partial)
+            with atomic(out / name) as unfinished:
+                shutil.copyfile(source / name, unfinished)
     for name in AUDIO:
         if (source / name).is_dir():
             link(source / name, out / name)
     return recordings
+
+
+def esc(source: Path, out: Path, *, only_ten: bool) -> pd.DataFrame:
+    """ESC-50 or ESC-10 (Piczak 2015): a copy of its repository (meta/esc50.csv, audio/), or a folder with meta.csv and audio/.
+
+    Its own folds, numbered from 0, go to `out`/folds.csv: clips cut from one original lie in one fold there.
+    """
+    file = next((file for file in (source / "meta/esc50.csv", source / "meta.csv") if file.exists()), None)
+    if file is None:
+        raise UserError(f"{source} holds neither meta/esc50.csv nor meta.csv; it is no copy of https://github.com/karolpiczak/ESC-50")
+    table = read_csv(file)
+    absent = [column for column in ("filename", "fold", "category") if column not in table]
+    if absent:
+        raise UserError(f"{file}: missing column(s) {', '.join(absent)}; ESC-50's table has them")
+    if only_ten and "esc10" in table:
+        table = table[table.esc10 == "True"]
+    write_table(pd.DataFrame({"filename": table.filename, "fold": table.fold.astype(int) - table.fold.astype(int).min()}), out / "folds.csv")
+    link(source / "audio", out / "train_audio")
+    table = table.assign(primary_label=table.category, secondary_labels="[]")
+    return table.reindex(columns=list(COLUMNS), fill_value="")
 
 
 def _without_empty(text: str) -> str:
@@ -83,22 +104,22 @@ def link(source: Path, target: Path) -> None:
     try:
         os.symlink(source.resolve(), target, target_is_directory=True)
     except OSError:
-        partial = target.with_name(target.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        unfinished = target.with_name(target.name + ".partial")
+        shutil.rmtree(unfinished, ignore_errors=True)
         say(f"{target}: no links here, copying")
-        shutil.copytree(source, partial)
-        os.replace(partial, target)
+        shutil.copytree(source, unfinished)
+        os.replace(unfinished, target)
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
-    with atomic(path) as partial:
-        table.to_csv(partial, index=False, lineterminator="\n")
+    with atomic(path) as unfinished:
+        table.to_csv(unfinished, index=False, lineterminator="\n")
 
 
 # name -> reads SOURCE, writes everything but the metadata below OUT, and returns the recordings in COLUMNS
 SOURCES: dict[str, Callable[[Path, Path], pd.DataFrame]] = {
     name: lambda source, out, year=year: birdclef(source, out, year) for name, year in COMPETITIONS.items()
-}
+} | {"esc50": partial(esc, only_ten=False), "esc10": partial(esc, only_ten=True)}
 
 
 @stage
@@ -121,8 +142,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         (out / "missing_audio.csv").unlink(missing_ok=True)
     write_table(recordings, out / "train_metadata.csv")  # last: where it lies, the data set is whole
-    say(f"wrote {out}: {len(recordings)} recordings of {recordings.primary_label.nunique()} species; "
-        f"next: python -m src.folds --data {out} --out folds/{options.name}.csv")
+    split = f"its folds are {out / 'folds.csv'}" if (out / "folds.csv").exists() else f"next: python -m src.folds --data {out} --out folds/{options.name}.csv"
+    say(f"wrote {out}: {len(recordings)} recordings of {recordings.primary_label.nunique()} classes; {split}")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from src import cache, evaluate, folds, prepare, submission
+from src import cache, evaluate, folds, prepare, submission, train
 from src.competitions import COMPETITIONS
 from src.demo_data import noise, write_audio
+from src.folds import read_folds
 from src.metadata import read_csv, read_metadata
+
+from .conftest import make_soundscape
 
 LABELS = {"birdclef-2023": ["abethr1", "NA"], "birdclef-2024": ["asbfly", "zitcis1"], "birdclef-2025": ["1139490", "grekis"],
           "birdclef-2026": ["22961", "007"]}
@@ -101,3 +104,25 @@ def test_wrong_folders_are_refused(tmp_path, capsys):
     for name, source, out, message in (("birdclef-2025", "source", "x", "train.csv does not exist"), ("birdclef-2024", "none", "x", "is no folder"),
                                        ("birdclef-2024", "source", "source", "is the source itself")):
         assert prepare.main([name, str(tmp_path / source), "--out", str(tmp_path / out)]) == 1 and message in capsys.readouterr().err
+
+
+def test_esc10_keeps_its_folds_and_trains(tmp_path, capsys):
+    source = tmp_path / "ESC-50-master"  # the repository's own table
+    rows = ["filename,fold,target,category,esc10,src_file,take"]
+    for fold in range(1, 4):
+        for target, (category, in_ten) in enumerate((("dog", True), ("rain", True), ("cow", False))):
+            name = f"{fold}-{target}-A-{target}.wav"
+            rows.append(f"{name},{fold},{target},{category},{in_ten},{fold}{target},A")
+            if name != "3-1-A-1.wav":
+                make_soundscape(source / "audio" / name, 1.0, seed=target)
+    (source / "meta").mkdir()
+    (source / "meta/esc50.csv").write_text("\n".join(rows) + "\n")
+    out = tmp_path / "esc10"
+    assert prepare.main(["esc10", str(source), "--out", str(out)]) == 0
+    assert "1 of 6 recordings are not there" in capsys.readouterr().out
+    assert cache.main(["--data", str(out), "--out", str(tmp_path / "cache")]) == 0
+    folds = read_folds(out / "folds.csv")
+    assert sorted(folds.values()) == [0, 0, 1, 1, 2, 2] and folds["2-1-A-1.wav"] == 1
+    flags = ["--data", str(out), "--folds", str(out / "folds.csv"), "--cache", str(tmp_path / "cache"), "--run", str(tmp_path / "run")]
+    assert train.main([*flags, "--model", "asca_test", "--input-side", "64", "--epochs", "1", "--fold", "0", "--threads", "1"]) == 0
+    assert prepare.main(["esc50", str(tmp_path), "--out", str(tmp_path / "x")]) == 1 and "no copy of" in capsys.readouterr().err

@@ -19,7 +19,7 @@ FLOORS = (
     {"prepare", "folds", "folds_audit", "cache", "augment", "dataset", "models", "predict", "mistakes", "losses", "devices",
      "train_settings", "optimiser", "soft_labels"},
     {"train", "fold_training", "report", "evaluate", "export", "infer"},
-    {"precision", "timeline", "distil", "prepare_esc", "kaggle", "golden", "bundle", "explore", "demo", "__main__"},
+    {"precision", "timeline", "distil", "kaggle", "golden", "bundle", "explore", "demo", "__main__"},
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import competitions, detections, submission
+from . import competitions, detections, engines, submission
 from .console import UserError, say, stage
 from .deadline import Guard
 from .onnx_models import OnnxModel, find_models
@@ -50,8 +50,10 @@ def parser() -> argparse.ArgumentParser:
     add("--sample", type=Path, help="sample submission that gives the columns (default: the one beside the soundscapes' folder)")
     add("--hop-seconds", type=float, default=submission.ROW_SECONDS, help="between windows; under 5 they overlap (default: 5)")
     add("--expected-seconds", type=float, help="length of a file whose header is unreadable (default: the competition's)")
-    add("--batch-size", type=int, default=8, help="windows a call (default: 8)")
+    add("--batch-size", type=int, default=0, help="windows handed to the model at once; 0: two a thread, at least 8 (default: 0)")
     add("--threads", type=int, default=0, help="of the model; 0: all cores (default: 0)")
+    add("--engine", choices=engines.ENGINES, default="onnxruntime", help="auto: OpenVINO for bf16 and int8 (default: onnxruntime)")
+    add("--precision", choices=engines.PRECISIONS, default="f32", help="bf16, int8: OpenVINO's, once src.precision accepted them (default: f32)")
     add("--check", type=Path, metavar="FILE", help="only validate a submission (with --soundscapes also its rows, with --sample its columns)")
     limit = options.add_argument_group("deadline", "A submission of priors is written first and replaced as rows come; what does not fit is dropped: overlap "
                                        "of windows, then models from the last to the second, then the soundscapes that are left keep the prior.")
@@ -83,8 +85,8 @@ def check_options(options: argparse.Namespace) -> None:
     if unknown or not options.format:
         raise UserError(f"--format {' '.join(unknown)} is not known; known are submission, {', '.join(detections.SUFFIXES)}")
     options.tables = options.tables or options.out.with_suffix("")
-    if not 0 < options.hop_seconds <= submission.ROW_SECONDS or options.batch_size < 1 or options.expected_seconds <= 0:
-        raise UserError("--hop-seconds must be within (0, 5], --batch-size and --expected-seconds positive")
+    if not 0 < options.hop_seconds <= submission.ROW_SECONDS or options.batch_size < 0 or options.expected_seconds <= 0:
+        raise UserError("--hop-seconds must be within (0, 5], --batch-size not negative, --expected-seconds positive")
     if not 0 <= options.threshold <= 1 or options.time_limit < 0:
         raise UserError("--threshold must be within 0 and 1, --time-limit not negative")
     if options.started > time.time() + 60:
@@ -97,12 +99,12 @@ def main(argv: list[str] | None = None) -> int:
     check_options(options)
     if options.check:
         return report(options)
-    threads = options.threads or os.cpu_count() or 1
+    threads, engine = options.threads or os.cpu_count() or 1, engines.choose(options.engine, options.precision)
     soundscapes = find_soundscapes(options.soundscapes, options.expected_seconds, recursive=options.recursive)
-    models = find_models(options.run, threads)
+    models = find_models(options.run, threads, engine)
     classes = choose_columns(models, options.sample, options.soundscapes)
     say(f"{len(soundscapes)} soundscapes in {options.soundscapes}, {sum(s.n_rows for s in soundscapes)} rows, {len(classes)} species; "
-        f"{len(models)} model(s) on {threads} CPU thread(s)")
+        f"{len(models)} model(s) on {threads} CPU thread(s), {engine}")
     for_people = set(options.format) & set(detections.SUFFIXES) or options.pictures
     with open_tables(options, models, classes) if for_people else nullcontext() as tables:
         submission_too = "submission" in options.format  # its rows are all of one run: nothing is continued
@@ -114,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
                       n_rows=sum(s.n_rows for s in to_do if not s.fault))
         ensemble = Ensemble(models, classes, guard)
         file = begin_submission(options.out, soundscapes, classes, ensemble.prior, guard) if submission_too else None
-        for result in score(to_do, ensemble, batch_size=options.batch_size, overviews=bool(options.pictures)):
+        for result in score(to_do, ensemble, batch_size=options.batch_size or max(8, 2 * threads), overviews=bool(options.pictures)):
             soundscape = to_do[result.number]
             if file:
                 file.fill(result.number, result.probability)
@@ -134,7 +136,8 @@ def main(argv: list[str] | None = None) -> int:
 def open_tables(options: argparse.Namespace, models: list[OnnxModel], classes: Sequence[str]) -> detections.DetectionTables:
     names = detections.read_names(options.taxonomy, options.soundscapes)
     thresholds = detections.choose_thresholds(classes, names, threshold=options.threshold, per_species=options.thresholds, species=options.species)
-    settings = {"models": [sha256(model.path) for model in models], "hop_seconds": options.hop_seconds, "recursive": options.recursive}
+    settings = {"models": [sha256(model.path) for model in models], "precision": options.precision, "hop_seconds": options.hop_seconds,
+                "recursive": options.recursive}
     formats = [name for name in detections.SUFFIXES if name in options.format]
     return detections.DetectionTables(options.tables, options.soundscapes, formats, classes, thresholds, names, config=models[0].audio,
                                       settings=settings, pictures=options.pictures, restart=options.restart)

@@ -15,6 +15,7 @@ import onnxruntime
 
 from .config import AudioConfig
 from .console import UserError
+from .engines import Engine, Runner, open_runner, require_verdict
 from .storage import sha256
 
 
@@ -23,35 +24,38 @@ class OnnxModel:
     """One exported fold: probabilities from log-mel windows, and the facts that its file carries."""
 
     path: Path
-    session: onnxruntime.InferenceSession
+    run: Runner
     audio: AudioConfig
     classes: tuple[str, ...]
     prior: np.ndarray  # (n_classes,), in the order of `classes`
 
     def probabilities(self, log_mel: np.ndarray, options: onnxruntime.RunOptions | None = None) -> np.ndarray:
         """(B, 1, n_mels, window_frames) float32 dB -> (B, n_classes)."""
-        return 1 / (1 + np.exp(-self.session.run(["logits"], {"log_mel": log_mel}, options)[0]))
+        return 1 / (1 + np.exp(-self.run(log_mel, options)))
 
 
-def load_model(path: Path, threads: int) -> OnnxModel:
+def load_model(path: Path, threads: int, engine: Engine = Engine()) -> OnnxModel:
     """Opens a model.onnx. Raises UserError where the file differs from its SHA-256 or lacks its facts."""
     digest = path.with_name(path.name + ".sha256")
     if not digest.exists() or digest.read_text(encoding="utf-8").split()[:1] != [sha256(path)]:
         raise UserError(f"{path} is damaged or not the exported file: its SHA-256 is not the one in {digest.name}; "
                         f"delete it and run python -m src.export --run {path.parent.parent}")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = 1  # the engine runs as many windows side by side as there are threads
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     facts = session.get_modelmeta().custom_metadata_map
     try:
-        return OnnxModel(path, session, AudioConfig.from_dict(facts["audio"]), tuple(json.loads(facts["classes"])),
+        return OnnxModel(path, open_runner(path, session, engine, threads), AudioConfig.from_dict(facts["audio"]), tuple(json.loads(facts["classes"])),
                          np.array(json.loads(facts["prior"]), np.float32))
     except (KeyError, ValueError) as error:
         raise UserError(f"{path} carries no recipe and classes ({error}); export it with python -m src.export") from error
 
 
-def find_models(runs: Sequence[Path], threads: int) -> list[OnnxModel]:
-    """Every fold's model of the runs; what is not exported yet is exported first, where torch is installed."""
+def find_models(runs: Sequence[Path], threads: int, engine: Engine = Engine()) -> list[OnnxModel]:
+    """Every fold's model of the runs; what is not exported yet is exported first, where torch is installed.
+
+    Raises UserError for a lossy precision that src.precision has not measured and accepted.
+    """
     models = []
     for run in runs:
         folders = [folder for folder in sorted(run.glob("fold*")) if (folder / "model.onnx").exists() or (folder / "weights.safetensors").exists()]
@@ -63,7 +67,10 @@ def find_models(runs: Sequence[Path], threads: int) -> list[OnnxModel]:
                 raise UserError(f"{run} is not exported; run python -m src.export --run {run} where torch is installed")
             if subprocess.run(command).returncode:
                 raise UserError(f"python -m src.export --run {run} failed")
-        models += [load_model(folder / "model.onnx", threads) for folder in folders]
+        for folder in folders:
+            if engine.lossy:
+                require_verdict(folder / "model.onnx", engine)
+            models.append(load_model(folder / "model.onnx", threads, engine))
     for model in models[1:]:
         if set(model.classes) != set(models[0].classes):
             raise UserError(f"{model.path} and {models[0].path} know different species; name runs of the same classes")

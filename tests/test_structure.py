@@ -14,11 +14,12 @@ from src.storage import atomic
 ROOT = Path(__file__).parents[1]
 FLOORS = (
     {"console", "config", "storage", "settings", "competitions", "deadline"},
-    {"audio", "metrics", "metadata", "submission", "plots", "checkpoint", "demo_data", "onnx_models", "run_config", "soundscapes", "scoring", "detections"},
+    {"audio", "metrics", "metadata", "submission", "plots", "checkpoint", "demo_data", "onnx_models", "run_config", "engines", "soundscapes",
+     "scoring", "detections"},
     {"prepare", "folds", "folds_audit", "cache", "augment", "dataset", "models", "predict", "mistakes", "losses", "devices",
      "train_settings", "optimiser", "soft_labels"},
     {"train", "fold_training", "report", "evaluate", "export", "infer"},
-    {"timeline", "distil", "kaggle", "golden", "bundle", "explore", "demo", "__main__"},
+    {"precision", "timeline", "distil", "kaggle", "golden", "bundle", "explore", "demo", "__main__"},
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 

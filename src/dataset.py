@@ -55,7 +55,7 @@ class Crops(Dataset):
         rng = np.random.default_rng((self.seed, epoch, place))
         name, n_window = self.names[row], self.cache.config.window_frames
         n_frames = self.cache.n_frames(name)
-        starts = rng.integers(max(1, n_frames - n_window + 1) if n_frames > n_window else n_frames, size=self.settings.crop_choices)
+        starts = rng.integers(max(1, n_frames - n_window + 1) if n_frames >= n_window else n_frames, size=self.settings.crop_choices)
         start = int(starts[0] if len(starts) == 1 else max(starts, key=lambda at: self.cache.read(name, int(at), n_window).mean()))
         if self.waveform_augment is not None and rng.random() < self.settings.waveform_probability:
             crop = self.waveform_crop(row, start, rng)

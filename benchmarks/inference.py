@@ -59,6 +59,8 @@ class InferenceSettings:
     """Length of the long file, scored by the first model; 0: none, but 10 with --full."""
     threads: int = 0
     """0: all cores."""
+    out: Path = Path("benchmarks/results/inference.md")
+    """The picture lies beside it."""
 
 
 @dataclass(frozen=True)
@@ -276,9 +278,9 @@ def main(argv: list[str] | None = None) -> None:
         shares = " | ".join(f"{row['parts'][part] / total:.1%}" for part in PARTS)
         lines.append(f"| {row['model']} | {row['engine']} | {row['minutes']:.1f} | {total:.1f} | {shares} | {row['gmacs']:.2f} | {row['of_peak']:.0%} "
                      f"| {row['peak']:.2f} |")
-    results = Path("benchmarks/results")
-    draw(results / "inference.png", rows)
-    write_text(results / "inference.md", "\n".join([*lines, "", "![the same as bars](inference.png)", ""]))
+    picture = settings.out.with_suffix(".png")
+    draw(picture, rows)
+    write_text(settings.out, "\n".join([*lines, "", f"![the same as bars]({picture.name})", ""]))
     say("\n".join(lines))
 
 

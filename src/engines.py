@@ -126,6 +126,9 @@ def _openvino_window(model: Path, precision: str, threads: int) -> Runner:
     compiled = core.compile_model(core.read_model(quantised_path(model) if precision == "int8" else model), "CPU", {
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": threads,
         "ENABLE_CPU_PINNING": False})  # a pinned thread would wait beside the decoder while another core idles
+    # The first array that crosses into OpenVINO initialises pybind11's numpy interface: two threads that did so at once waited for each other for ever.
+    sides = [side.get_length() for side in list(compiled.input(0).partial_shape)[1:]]
+    compiled.create_infer_request().infer({"log_mel": np.zeros([1, *sides], np.float32)})
     own = threading.local()
 
     def one(window: np.ndarray, halt: onnxruntime.RunOptions | None) -> np.ndarray:

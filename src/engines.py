@@ -107,8 +107,10 @@ def open_runner(model: Path, session: onnxruntime.InferenceSession, engine: Engi
     for the slowest thread, and no spinning thread takes the decoder's core. The arena and all graph optimisations stay on: without the
     one 80 ms for 65, with the second level alone 95.
     """
-    one = _openvino_window(model, engine.precision, threads) if engine.name == "openvino" else _onnxruntime_window(session)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="model")
+    # OpenVINO never computes in the main thread, not even to compile: that one receives the signals, and what AMX adds to its registers
+    # overflows the stack that faulthandler gives to their handlers (it is on in notebooks and in pytest).
+    one = pool.submit(_openvino_window, model, engine.precision, threads).result() if engine.name == "openvino" else _onnxruntime_window(session)
 
     def run(log_mel: np.ndarray, halt: onnxruntime.RunOptions | None = None) -> np.ndarray:
         return np.concatenate(list(pool.map(lambda window: one(window, halt), log_mel[:, None])))
@@ -126,17 +128,19 @@ def _openvino_window(model: Path, precision: str, threads: int) -> Runner:
     compiled = core.compile_model(core.read_model(quantised_path(model) if precision == "int8" else model), "CPU", {
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": threads,
         "ENABLE_CPU_PINNING": False})  # a pinned thread would wait beside the decoder while another core idles
-    # The first array that crosses into OpenVINO initialises pybind11's numpy interface: two threads that did so at once waited for each other for ever.
-    sides = [side.get_length() for side in list(compiled.input(0).partial_shape)[1:]]
-    compiled.create_infer_request().infer({"log_mel": np.zeros([1, *sides], np.float32)})
-    own = threading.local()
+    own, first = threading.local(), threading.Lock()
 
     def one(window: np.ndarray, halt: onnxruntime.RunOptions | None) -> np.ndarray:
         if halt is not None and halt.terminate:
             raise Fail("the time is up")  # as onnxruntime says it
         if not hasattr(own, "request"):
-            own.request = compiled.create_infer_request()
-        own.request.infer({"log_mel": window})
+            # The first array that crosses into OpenVINO initialises pybind11's numpy interface: two threads that did so at once waited
+            # for each other for ever.
+            with first:
+                own.request = compiled.create_infer_request()
+                own.request.infer({"log_mel": window})
+        else:
+            own.request.infer({"log_mel": window})
         return own.request.get_output_tensor(0).data.copy()
 
     return one

@@ -28,7 +28,7 @@ from .predict import predict
 from .run_config import versions
 from .settings import flatten
 from .soft_labels import blend, read_soft_labels
-from .storage import atomic, write_text
+from .storage import atomic, sha256, write_text
 from .train_settings import TrainSettings
 
 GOLDEN_WINDOWS = 16  # held-out windows kept beside the weights: the export is checked on them
@@ -67,7 +67,8 @@ class FoldTraining:
         self.compute = torch.compile(self.network) if settings.compile else self.network
         self.history: list[dict] = []
         self.config = {"settings": flatten(replace(settings, restart=False)) | {"fold": [str(fold)]}, "audio": cache.config.to_dict(),
-                       "classes": list(self.classes), "prior": [float(f"{p:.6g}") for p in self.prior],
+                       "classes": list(self.classes), "soft_labels_sha256": sha256(settings.soft_labels) if settings.soft_labels else None,
+                       "prior": [float(f"{p:.6g}") for p in self.prior],
                        "recordings": {"training": len(self.training), "held_out": len(self.held_out)},
                        "processes": accelerator.num_processes, "versions": versions()}
 

@@ -18,7 +18,7 @@ ELSEWHERE = {"data", "folds", "cache", "run", "fold", "metadata", "noise", "devi
 def comparable(config: dict) -> dict:
     """What must be the same for a run to be continued, and for its folds to be evaluated together."""
     settings = {key: value for key, value in config["settings"].items() if key not in ELSEWHERE}
-    return {"settings": settings, "audio": config["audio"], "classes": " ".join(config["classes"])}
+    return {"settings": settings, "audio": config["audio"], "classes": " ".join(config["classes"]), "soft_labels_sha256": config.get("soft_labels_sha256")}
 
 
 def read_config(folder: Path) -> dict:

@@ -117,6 +117,8 @@ def test_soft_labels_enter_out_of_fold_only(tmp_path, data, run, train_flags, fo
     flags = [*train_flags, *both, "--cache", str(tmp_path / "cache"), "--epochs", "1", "--soft-labels", str(soft)]
     assert train.main([*flags, "--run", str(tmp_path / "student")]) == 0
     assert f"{12 + len(table)} recordings in training" in capsys.readouterr().out
+    without = [flag for flag in flags if flag not in ("--soft-labels", str(soft))]
+    assert train.main([*without, "--run", str(tmp_path / "student")]) == 1 and "soft_labels_sha256" in capsys.readouterr().err
     leaky = pd.read_csv(soft, dtype=str)
     leaky.loc[0, "source"] = str((int(leaky.source[0]) + 1) % 3)  # a model that was trained on this recording
     leaky.to_csv(soft, index=False)

@@ -136,19 +136,17 @@ class HeldOutWindows(Dataset):
     """The consecutive windows of recordings' first minute (or only each one's first): (window uint8, place in the table).
 
     A recording's number of windows follows the rows of a soundscape: max(1, round(seconds / window_seconds)).
-    The last one is padded with silence; a recording shorter than a window is repeated. With `hop_seconds` under
-    window_seconds they overlap.
+    The last one is padded with silence; a recording shorter than a window is repeated.
     """
 
-    def __init__(self, names: Sequence[str], cache: Cache, *, only_first: bool = False, hop_seconds: float | None = None) -> None:
+    def __init__(self, names: Sequence[str], cache: Cache, *, only_first: bool = False) -> None:
         self.names, self.cache = list(names), cache
         config = cache.config
         self.places = []
         for place, name in enumerate(self.names):
             seconds = min(SCORED_SECONDS, cache.n_frames(name) / config.frames_per_second)
             n = 1 if only_first else max(1, round(seconds / config.window_seconds))
-            hop = config.window_frames if hop_seconds is None else round(hop_seconds * config.frames_per_second)
-            self.places += [(place, start) for start in range(0, (n - 1) * config.window_frames + 1, hop)]
+            self.places += [(place, number * config.window_frames) for number in range(n)]
 
     def __len__(self) -> int:
         return len(self.places)

@@ -12,8 +12,8 @@ from .models.torchvision_guard import import_timm
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep the memory that tensors free, instead of returning it and faulting it in again at every step:
-    asca_test trains 1.5 times as fast on a CPU. Elsewhere it does nothing."""
+    """Has glibc keep the memory that tensors free, instead of returning it and faulting it in again at every step,
+    which takes a large part of a small network's training on a CPU. Elsewhere it does nothing."""
     try:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:

@@ -102,10 +102,8 @@ def require_verdict(model: Path, engine: Engine) -> None:
 def open_runner(model: Path, session: onnxruntime.InferenceSession, engine: Engine, threads: int) -> Runner:
     """One window a call and one thread a call, as many calls at once as there are threads.
 
-    On asca_nano with 2 threads a window so takes 64 ms of CPU time; batches of 8 inside one call take 82 ms with its two threads asleep
-    between operators and 105 ms with them spinning (onnxruntime's default): a window's activations stay in the cache, no operator waits
-    for the slowest thread, and no spinning thread takes the decoder's core. The arena and all graph optimisations stay on: without the
-    one 80 ms for 65, with the second level alone 95.
+    So a window's activations stay in the cache, no operator waits for the slowest thread, and no spinning thread takes the decoder's core,
+    as in onnxruntime's own way of sharing a batch between threads. The arena and all graph optimisations stay on: both save time.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="model")
     # OpenVINO never computes in the main thread, not even to compile: that one receives the signals, and what AMX adds to its registers

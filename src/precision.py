@@ -64,7 +64,7 @@ def quantise(model: Path, windows: np.ndarray, cache: Cache) -> None:
     """model.onnx -> its int8 form for OpenVINO, with the ranges of activations that these windows show.
 
     Matrix products (the resize of the input, attention) stay in float32, activations may be asymmetric, and NNCF smooths outliers
-    (its "transformer" scheme): with its defaults, probabilities of asca_test on real birds changed 20 times as much.
+    (its "transformer" scheme): NNCF's defaults change the probabilities far more.
     """
     openvino = engines.openvino()  # first: it silences the statistics of both packages
     try:

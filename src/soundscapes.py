@@ -36,7 +36,7 @@ class Soundscape:
 def find_soundscapes(folder: Path, expected_seconds: float, *, recursive: bool = False) -> list[Soundscape]:
     """The audio files of a folder, by name, with their numbers of rows from their headers. Hidden files are passed over."""
     if not folder.is_dir():
-        raise UserError(f"--soundscapes {folder} is no folder")
+        raise UserError(f"--soundscapes {folder} is no folder; name the one that holds the long recordings")
     paths = sorted(path for path in (folder.rglob("*") if recursive else folder.iterdir())
                    if path.suffix.lower() in audio.SUFFIXES and path.is_file()
                    and not any(part.startswith(".") for part in path.relative_to(folder).parts))

@@ -41,6 +41,10 @@ class AugmentSettings:
     """Share of the crops that are rotated in time by a random number of frames."""
     filter_db: float = 0.0
     """A random smooth frequency response within -filter_db to filter_db on each crop; 0: off."""
+    stretch: float = 0.0
+    """A crop lasts up to 1 + stretch times as long, or as short, before it is brought to the window's length; 0: off."""
+    mel_shift_bins: int = 0
+    """The spectrogram is moved up or down by at most so many mel bins (above 1 kHz two of 128 are a semitone); 0: off."""
     spec_augment_probability: float = 0.5
     """Share of the crops that are masked."""
     frequency_masks: int = 2
@@ -138,6 +142,12 @@ def _background_noise(noise: Path, settings: AugmentSettings, sample_rate: int):
 def roll(crop: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:
     """(frames, n_mels) -> the same frames, beginning at a random one."""
     return np.roll(crop, int(rng.integers(len(crop))), axis=0) if rng.random() < probability else crop
+
+
+def mel_shift(crop: np.ndarray, largest: int, rng: np.random.Generator) -> np.ndarray:
+    """(frames, n_mels) -> the same, moved along the mel axis by at most `largest` bins; the outermost bin fills what falls free."""
+    shift = int(rng.integers(-largest, largest + 1))
+    return crop[:, (np.arange(crop.shape[1]) - shift).clip(0, crop.shape[1] - 1)]
 
 
 def random_filter(crop: np.ndarray, largest: float, rng: np.random.Generator) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import torch
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset, Sampler
 
 from . import audio
 from .audio import DamagedAudio
-from .augment import AugmentSettings, SpecAugment, WaveformAugment, random_filter, roll
+from .augment import AugmentSettings, SpecAugment, WaveformAugment, mel_shift, random_filter, roll
 from .cache import Cache
 from .config import AudioConfig
 
@@ -54,29 +55,34 @@ class Crops(Dataset):
         """(window_frames, n_mels) uint8: the same for the same arguments, whatever the worker."""
         rng = np.random.default_rng((self.seed, epoch, place))
         name, n_window = self.names[row], self.cache.config.window_frames
+        if self.settings.stretch:
+            n_window = round(n_window * (1 + self.settings.stretch) ** rng.uniform(-1, 1))
         n_frames = self.cache.n_frames(name)
         starts = rng.integers(n_frames - n_window + 1 if n_frames >= n_window else n_frames, size=self.settings.crop_choices)
         start = int(starts[0] if len(starts) == 1 else max(starts, key=lambda at: self.cache.read(name, int(at), n_window).mean()))
         if self.waveform_augment is not None and rng.random() < self.settings.waveform_probability:
-            crop = self.waveform_crop(row, start, rng)
+            crop = self.waveform_crop(row, start, n_window, rng)
         elif n_frames >= n_window:
             crop = self.cache.read(name, start, n_window)
         else:
             crop = wrap(self.cache.read(name), start, n_window)
+        if self.settings.stretch:
+            crop = cv2.resize(crop, (self.cache.config.n_mels, self.cache.config.window_frames), interpolation=cv2.INTER_LINEAR)
+        if self.settings.mel_shift_bins:
+            crop = mel_shift(crop, self.settings.mel_shift_bins, rng)
         if self.settings.roll_probability:
             crop = roll(crop, self.settings.roll_probability, rng)
         if self.settings.filter_db:
             crop = random_filter(crop, self.settings.filter_db / self.cache.config.db_step, rng)
         return self.spec_augment(crop, rng)
 
-    def waveform_crop(self, row: int, start: int, rng: np.random.Generator | None) -> np.ndarray:
-        """The same window from the audio file, augmented before the log-mel (without `rng`: not augmented).
+    def waveform_crop(self, row: int, start: int, n_window: int, rng: np.random.Generator | None) -> np.ndarray:
+        """The same `n_window` frames from the audio file, augmented before the log-mel (without `rng`: not augmented).
 
         The stretch is read with half an n_fft of context on both sides and padded where the recording ends, so
         that its frames are the cache's own.
         """
-        config, n_window = self.cache.config, self.cache.config.window_frames
-        n_frames = self.cache.n_frames(self.names[row])
+        config, n_frames = self.cache.config, self.cache.n_frames(self.names[row])
         first, n = (start, n_window) if n_frames >= n_window else (0, n_frames)
         left = first * config.hop_length - config.n_fft // 2
         right = left + (n - 1) * config.hop_length + config.n_fft

@@ -120,7 +120,7 @@ def test_the_waveform_path_gives_the_cache_s_frames(tmp_path, rate):
     for row in range(4):
         n, window = crops.cache.n_frames(table.filename[row]), crops.cache.config.window_frames
         for start in {0, max(0, n - window) // 2, max(0, n - window)}:
-            waveform_path = crops.waveform_crop(row, start, None)
+            waveform_path = crops.waveform_crop(row, start, window, None)
             frames = np.arange(start, start + window) % n if n < window else np.arange(start, start + window)
             expected = crops.cache.read(table.filename[row])[frames]
             assert waveform_path.shape == (500, 128)

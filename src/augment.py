@@ -147,15 +147,16 @@ def roll(crop: np.ndarray, probability: float, rng: np.random.Generator) -> np.n
 def mel_shift(crop: np.ndarray, largest: int, rng: np.random.Generator) -> np.ndarray:
     """(frames, n_mels) -> the same, moved along the mel axis by at most `largest` bins; the outermost bin fills what falls free."""
     shift = int(rng.integers(-largest, largest + 1))
-    return crop[:, (np.arange(crop.shape[1]) - shift).clip(0, crop.shape[1] - 1)]
+    bins = (np.arange(crop.shape[1]) - shift).clip(0, crop.shape[1] - 1)
+    return crop.take(bins, axis=1)
 
 
 def random_filter(crop: np.ndarray, largest: float, rng: np.random.Generator) -> np.ndarray:
     """(frames, n_mels) uint8 -> the same through another microphone: a gain in steps of the cache's scale, linear between
     two to five mel bins (FilterAugment, Nam et al. 2022). Digital silence (0) stays silent."""
     knots = np.sort(rng.uniform(0, crop.shape[1], int(rng.integers(2, 6))))
-    gain = np.interp(np.arange(crop.shape[1]), knots, rng.uniform(-largest, largest, len(knots))).astype(np.float32)
-    return np.where(crop > 0, np.rint(crop + gain).clip(0, 255), 0).astype(np.uint8)
+    gain = np.rint(np.interp(np.arange(crop.shape[1]), knots, rng.uniform(-largest, largest, len(knots)))).astype(np.int16)
+    return (crop + gain).clip(0, 255).astype(np.uint8) * (crop > 0)
 
 
 class SpecAugment:

@@ -59,6 +59,9 @@ class TrainSettings:
     """auto: bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
     compile: bool = False
     """torch.compile: minutes at the start, for long trainings on a GPU."""
+    train_share: float = 1.0
+    """Train on this share of the fold's training recordings: of each species, at least one; a smaller share lies within a larger one.
+    An epoch stays as many crops as all of them would be, so that any share trains for as many steps."""
     seed: int = 0
     device: str = "auto"
     """auto, cpu, cuda, or cuda:1; several at once by accelerate launch or torchrun."""
@@ -66,6 +69,8 @@ class TrainSettings:
     """Loader processes; -1: none on a CPU, one a core (at most 8) beside a GPU."""
     threads: int = 0
     """Of the CPU, for each process; 0: all cores, shared by the processes."""
+    checkpoint_seconds: float = 0.0
+    """Save the state only after an epoch that ends so long after the last save: for short epochs of large networks. 0: after every one."""
     restart: bool = False
     """Begin anew, also where the run folder holds other settings."""
     augment: AugmentSettings = field(default_factory=AugmentSettings)

@@ -17,7 +17,7 @@ FLOORS = (
     {"audio", "metrics", "metadata", "submission", "plots", "checkpoint", "demo_data", "onnx_models", "run_config", "engines", "soundscapes",
      "scoring", "detections"},
     {"prepare", "folds", "folds_audit", "cache", "augment", "dataset", "models", "predict", "mistakes", "losses", "devices",
-     "train_settings", "optimiser", "soft_labels"},
+     "train_settings", "optimiser", "soft_labels", "initialise", "weight_noise"},
     {"train", "fold_training", "report", "evaluate", "export", "infer"},
     {"precision", "timeline", "distil", "kaggle", "golden", "bundle", "explore", "demo", "__main__"},
 )

@@ -92,7 +92,8 @@ def write_report(table: Table, budget: Budget, names: Sequence[str], results: Re
     heading = f"{table.title} ({budget.name} budget: {budget.side} x {budget.side}, {budget.epochs} epochs)"
     draw(folder / f"{table.name}.png", table, parts, heading)
     base = "ASCA" if all(row.against == "ASCA" for row in table.rows) else "ASCA (figure 2's baseline: minus ASCA at the same share)"
-    lines = [f"# {heading}", "", f"`python -m src.experiments {table.name} --budget {budget.name}`. {setting(parts, budget, results, speeds)}", "", table.note, "",
+    command = f"`python -m src.experiments {table.name} --budget {budget.name}`"
+    lines = [f"# {heading}", "", f"{command}. {setting(parts, budget, results, speeds)}", "", table.note, "",
              "Top-1 and macro AP of the held-out recordings (a recording's probability is the mean over its windows): the mean over folds and seeds, and the "
              "95 % interval of Student's t over them. Folds share training recordings and seeds share folds, so the intervals are rather too narrow. "
              f"Difference: the row minus {base}, paired by fold and seed. Padded cmAP, LRAP and ROC-AUC are in [{table.name}.csv]({table.name}.csv). "

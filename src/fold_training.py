@@ -21,6 +21,7 @@ from .checkpoint import load_tensors, optimiser_tensors, restore_optimiser, save
 from .console import UserError, progress, say
 from .dataset import BalancedSampler, Crops, HeldOutWindows, as_is, nested_share, sampling_share, to_log_mel
 from .devices import device_name
+from .initialise import initialise
 from .losses import multi_label_loss
 from .metadata import Metadata, targets
 from .models import create_model
@@ -31,6 +32,7 @@ from .settings import flatten
 from .soft_labels import blend, read_soft_labels
 from .storage import atomic, sha256, write_json, write_text
 from .train_settings import TrainSettings
+from .weight_noise import WeightNoise
 
 GOLDEN_WINDOWS = 16  # held-out windows kept beside the weights: the export is checked on them
 
@@ -63,7 +65,10 @@ class FoldTraining:
                                        process=accelerator.process_index, processes=accelerator.num_processes)
         torch.manual_seed(settings.seed)
         self.model = create_model(settings.model, len(self.classes), cache.config, settings.network)
+        begun = initialise(self.model, settings, fold=fold, classes=self.classes, audio=cache.config,
+                           held_out=self.held_out.filename) if settings.init else None
         self.model.to(accelerator.device, memory_format=torch.channels_last)
+        self.weight_noise = WeightNoise(self.model, settings.weight_noise)
         self.ema = moving_average(self.model, settings.ema_decay)
         self.kept = self.ema.module if self.ema else self.model  # what is scored, and kept in the end
         self.network, self.optimiser = accelerator.prepare(self.model, optimiser_for(self.model, settings))
@@ -73,6 +78,7 @@ class FoldTraining:
         self.saved = time.perf_counter()
         self.config = {"settings": flatten(replace(settings, restart=False)) | {"fold": [str(fold)]}, "audio": cache.config.to_dict(),
                        "classes": list(self.classes), "soft_labels_sha256": sha256(settings.soft_labels) if settings.soft_labels else None,
+                       "init": begun,
                        "prior": [float(f"{p:.6g}") for p in self.prior],
                        "recordings": {"training": len(self.training), "held_out": len(self.held_out)},
                        "processes": accelerator.num_processes, "versions": versions()}
@@ -143,7 +149,7 @@ class FoldTraining:
         settings, accelerator, parts = self.settings, self.accelerator, self.settings.accumulate
         self.sampler.epoch = epoch
         process = accelerator.process_index
-        torch.manual_seed(int(np.random.SeedSequence((settings.seed, epoch, process)).generate_state(1)[0]))  # drop-path
+        torch.manual_seed(int(np.random.SeedSequence((settings.seed, epoch, process)).generate_state(1)[0]))  # drop-path, weight noise
         self.network.train()
         total, before = 0.0, None
         with progress(loader, what=f"fold {self.fold}, epoch {epoch + 1}/{settings.epochs}", unit="batch") as bar:
@@ -155,6 +161,7 @@ class FoldTraining:
                 log_mel, target, weight = mix(log_mel, batch["target"] * (1 - settings.label_smoothing), batch["weight"], settings.augment, rng)
                 if epoch == part == 0 and accelerator.is_main_process:
                     self.draw_batch(log_mel, target)
+                self.weight_noise.add()
                 with accelerator.accumulate(self.network):
                     loss = multi_label_loss(self.compute(log_mel), target, weight, settings.loss)
                     accelerator.backward(loss)
@@ -170,6 +177,7 @@ class FoldTraining:
 
     def update(self, step: int) -> None:
         """One step of the optimiser, and of the moving average."""
+        self.weight_noise.remove()
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate_at(step, self.settings, self.sampler.n_batches)
         if self.settings.clip_gradient:

@@ -160,7 +160,8 @@ def figure3(budget: Budget, data: Sequence[str]) -> Table:
     rows = [Row("ASCA" if patch == 32 else f"ASCA, {patch} x {patch}", recipe(budget.models[-1], budget, *(() if patch == 32 else ("--attn-patch", patch))),
                 line="ASCA", x=patch) for patch in PATCHES]
     return Table("figure3", "Figure 3: divisions of the input for attention", tuple(rows),
-                 "ASCA without a number is 32 x 32, the default. The paper found 16 x 16 best and gives no numbers.", x="pixels of the input a token (attn_patch)")
+                 "ASCA without a number is 32 x 32, the default. The paper found 16 x 16 best and gives no numbers.",
+                 x="pixels of the input a token (attn_patch)")
 
 
 def section42(budget: Budget, data: Sequence[str]) -> Table:

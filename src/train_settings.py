@@ -26,6 +26,8 @@ class TrainSettings:
     noise: Path | None = None
     """A folder of background noise, mixed in on the waveform path."""
     model: str = "asca_nano"
+    init: Path | None = None
+    """Where the weights begin: a checkpoint file (.safetensors, .pth, .bin), or another run's folder; by default from scratch."""
     epochs: int = 30
     batch_size: int = 32
     """Crops of one optimiser step, over all processes."""
@@ -40,6 +42,8 @@ class TrainSettings:
     """The gradient's largest norm; 0: not clipped."""
     ema_decay: float = 0.0
     """Of the moving average of the weights, which is then what is scored and kept; it warms up from 0. 0: off."""
+    weight_noise: float = 0.0
+    """Gaussian noise on the weights while a step's gradient is computed, as a share of each tensor's root mean square (section 4.2). 0: off."""
     loss: Loss = "bce"
     label_smoothing: float = 0.0
     """A target of 1 becomes 1 - smoothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -105,16 +106,18 @@ def wrap(spectrogram: np.ndarray, start: int, n_frames: int) -> np.ndarray:
 class BalancedSampler(Sampler):
     """Parts of batches of keys; a recording is drawn with a probability in proportion to `share` (n,), with replacement.
 
-    An epoch is as many crops as there are recordings, to the nearest full batch. Everything follows from
+    An epoch is as many crops as there are recordings, or `n_crops`, to the nearest full batch. Everything follows from
     (seed, epoch): set `epoch` before iterating. A batch is cut into `accumulate` parts for each process, so that
     any number of processes and parts trains on the same crops.
     """
 
-    def __init__(self, share: np.ndarray, batch_size: int, seed: int, *, accumulate: int = 1, process: int = 0, processes: int = 1) -> None:
+    def __init__(self, share: np.ndarray, batch_size: int, seed: int, *, n_crops: int | None = None, accumulate: int = 1, process: int = 0,
+                 processes: int = 1) -> None:
+        n_crops = n_crops or len(share)
         self.share, self.seed, self.epoch = share / share.sum(), seed, 0
         self.parts, self.first, self.per_batch = processes * accumulate, process * accumulate, accumulate
-        self.batch_size = max(1, min(batch_size, len(share)) // self.parts) * self.parts
-        self.n_batches = max(1, round(len(share) / self.batch_size))
+        self.batch_size = max(1, min(batch_size, n_crops) // self.parts) * self.parts
+        self.n_batches = max(1, round(n_crops / self.batch_size))
 
     def __len__(self) -> int:
         return self.n_batches * self.per_batch
@@ -136,6 +139,18 @@ def sampling_share(table: pd.DataFrame, *, power: float, use_rating: bool) -> np
         rating = table.rating.where(table.rating > 0)
         share = share * (rating.fillna(rating.mean()).fillna(5.0) / 5.0).to_numpy()
     return share
+
+
+def nested_share(table: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
+    """The rows of a stratified share: of each species the nearest number of recordings, at least one.
+
+    A species' recordings stand in an order that (seed, filename) alone gives, and a share takes the first of them: a smaller share lies
+    within a larger one, and a recording has the same place in every fold.
+    """
+    order = table.filename.map(lambda name: hashlib.sha256(f"{seed} {name}".encode()).hexdigest())
+    species = order.groupby(table.primary_label)
+    kept = species.rank(method="first") <= np.maximum(1, (share * species.transform("size")).round())
+    return table[kept].reset_index(drop=True)
 
 
 class HeldOutWindows(Dataset):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
+from pathlib import Path
 
 import torch
 
@@ -43,6 +45,16 @@ def start(*, device: str, precision: str, accumulate: int, threads: int):
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // here))
     return accelerator
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's own name, or the CPU's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if Path("/proc/cpuinfo").exists():
+        names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        return next(iter(names), platform.machine())
+    return platform.processor() or platform.machine()
 
 
 def _choose_device(name: str) -> torch.device:

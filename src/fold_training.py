@@ -19,7 +19,9 @@ from .augment import mix
 from .cache import Cache
 from .checkpoint import load_tensors, optimiser_tensors, restore_optimiser, save_tensors
 from .console import UserError, progress, say
-from .dataset import BalancedSampler, Crops, HeldOutWindows, as_is, sampling_share, to_log_mel
+from .dataset import BalancedSampler, Crops, HeldOutWindows, as_is, nested_share, sampling_share, to_log_mel
+from .devices import device_name
+from .initialise import initialise
 from .losses import multi_label_loss
 from .metadata import Metadata, targets
 from .models import create_model
@@ -28,8 +30,9 @@ from .predict import predict
 from .run_config import versions
 from .settings import flatten
 from .soft_labels import blend, read_soft_labels
-from .storage import atomic, sha256, write_text
+from .storage import atomic, sha256, write_json, write_text
 from .train_settings import TrainSettings
+from .weight_noise import WeightNoise
 
 GOLDEN_WINDOWS = 16  # held-out windows kept beside the weights: the export is checked on them
 
@@ -50,24 +53,32 @@ class FoldTraining:
         soft = read_soft_labels(settings.soft_labels, metadata, folds) if settings.soft_labels else None
         known = self.training.primary_label.ne("") | self.training.filename.isin([] if soft is None else soft.index)
         self.training = self.training[known].reset_index(drop=True)
+        n_crops = len(self.training)
+        self.training = nested_share(self.training, settings.train_share, settings.seed)
         target, weight = targets(self.training, self.classes, settings.secondary_labels, settings.secondary_weight)
         self.prior = target[self.training.primary_label != ""].mean(axis=0).clip(1e-6, 1 - 1e-6)
         if soft is not None:
             target, weight = blend(self.training, target, weight, soft, settings.soft_weight)
         self.crops = Crops(self.training, cache, target, weight, settings=settings.augment, noise=settings.noise, seed=settings.seed)
         share = sampling_share(self.training, power=settings.sampling_power, use_rating=settings.use_rating)
-        self.sampler = BalancedSampler(share, settings.batch_size, settings.seed, accumulate=settings.accumulate,
+        self.sampler = BalancedSampler(share, settings.batch_size, settings.seed, n_crops=n_crops, accumulate=settings.accumulate,
                                        process=accelerator.process_index, processes=accelerator.num_processes)
         torch.manual_seed(settings.seed)
         self.model = create_model(settings.model, len(self.classes), cache.config, settings.network)
+        begun = initialise(self.model, settings, fold=fold, classes=self.classes, audio=cache.config,
+                           held_out=self.held_out.filename) if settings.init else None
         self.model.to(accelerator.device, memory_format=torch.channels_last)
+        self.weight_noise = WeightNoise(self.model, settings.weight_noise)
         self.ema = moving_average(self.model, settings.ema_decay)
         self.kept = self.ema.module if self.ema else self.model  # what is scored, and kept in the end
         self.network, self.optimiser = accelerator.prepare(self.model, optimiser_for(self.model, settings))
         self.compute = torch.compile(self.network) if settings.compile else self.network
         self.history: list[dict] = []
+        self.seconds: list[float] = []  # of each epoch's training, on the processes' devices
+        self.saved = time.perf_counter()
         self.config = {"settings": flatten(replace(settings, restart=False)) | {"fold": [str(fold)]}, "audio": cache.config.to_dict(),
                        "classes": list(self.classes), "soft_labels_sha256": sha256(settings.soft_labels) if settings.soft_labels else None,
+                       "init": begun,
                        "prior": [float(f"{p:.6g}") for p in self.prior],
                        "recordings": {"training": len(self.training), "held_out": len(self.held_out)},
                        "processes": accelerator.num_processes, "versions": versions()}
@@ -79,14 +90,16 @@ class FoldTraining:
         if self.ema:
             tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.module.state_dict().items()}
         scaler = self.accelerator.scaler
-        save_tensors(self.folder / "checkpoint.safetensors", tensors, {"history": self.history, "scaler": scaler.state_dict() if scaler else {}})
+        save_tensors(self.folder / "checkpoint.safetensors", tensors,
+                     {"history": self.history, "seconds": self.seconds, "scaler": scaler.state_dict() if scaler else {}})
+        self.saved = time.perf_counter()
 
     def resume(self) -> None:
         tensors, facts = load_tensors(self.folder / "checkpoint.safetensors")
         for prefix, module in {"model.": self.model, **({"ema.": self.ema.module} if self.ema else {})}.items():
             module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)})
         restore_optimiser(self.optimiser.optimizer, tensors)
-        self.history = facts["history"]
+        self.history, self.seconds = facts["history"], facts.get("seconds", [])
         if facts["scaler"]:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
 
@@ -115,8 +128,10 @@ class FoldTraining:
             seconds = time.perf_counter() - began
             row = {"epoch": epoch + 1, "learning_rate": self.optimiser.param_groups[0]["lr"], "train_loss": loss, **self.validate()}
             self.history.append(row)
+            self.seconds.append(seconds)
             if main:
-                self.save()
+                if time.perf_counter() - self.saved >= self.settings.checkpoint_seconds:
+                    self.save()
                 self.write_history()
             say(f"fold {self.fold}, epoch {epoch + 1:3d}: loss {loss:.4f}, held out: loss {row['valid_loss']:.4f}, top-1 {row['valid_top1']:.3f}, "
                 f"macro AP {row['valid_macro_ap']:.3f}; {self.sampler.n_batches * self.sampler.batch_size / seconds:.0f} crops/s")
@@ -134,7 +149,7 @@ class FoldTraining:
         settings, accelerator, parts = self.settings, self.accelerator, self.settings.accumulate
         self.sampler.epoch = epoch
         process = accelerator.process_index
-        torch.manual_seed(int(np.random.SeedSequence((settings.seed, epoch, process)).generate_state(1)[0]))  # drop-path
+        torch.manual_seed(int(np.random.SeedSequence((settings.seed, epoch, process)).generate_state(1)[0]))  # drop-path, weight noise
         self.network.train()
         total, before = 0.0, None
         with progress(loader, what=f"fold {self.fold}, epoch {epoch + 1}/{settings.epochs}", unit="batch") as bar:
@@ -146,6 +161,7 @@ class FoldTraining:
                 log_mel, target, weight = mix(log_mel, batch["target"] * (1 - settings.label_smoothing), batch["weight"], settings.augment, rng)
                 if epoch == part == 0 and accelerator.is_main_process:
                     self.draw_batch(log_mel, target)
+                self.weight_noise.add()
                 with accelerator.accumulate(self.network):
                     loss = multi_label_loss(self.compute(log_mel), target, weight, settings.loss)
                     accelerator.backward(loss)
@@ -161,6 +177,7 @@ class FoldTraining:
 
     def update(self, step: int) -> None:
         """One step of the optimiser, and of the moving average."""
+        self.weight_noise.remove()
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate_at(step, self.settings, self.sampler.n_batches)
         if self.settings.clip_gradient:
@@ -223,6 +240,7 @@ class FoldTraining:
             oof.to_csv(partial, index=False, float_format="%.9g", lineterminator="\n")
         windows = HeldOutWindows(names[:GOLDEN_WINDOWS], self.cache, only_first=True)
         golden = torch.stack([windows[item][0] for item in range(len(windows))])
+        write_json(self.folder / "timing.json", {"device": device_name(self.accelerator.device), "seconds": self.seconds})
         save_tensors(self.folder / "golden_windows.safetensors", {"windows": golden}, {})
         save_tensors(self.folder / "weights.safetensors", self.kept.state_dict(), {"model": self.settings.model})
         (self.folder / "checkpoint.safetensors").unlink(missing_ok=True)

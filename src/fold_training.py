@@ -19,6 +19,7 @@ from .augment import mix
 from .cache import Cache
 from .checkpoint import load_tensors, optimiser_tensors, restore_optimiser, save_tensors
 from .console import UserError, progress, say
+from .cuda_graphs import replayed
 from .dataset import BalancedSampler, Crops, HeldOutWindows, as_is, nested_share, sampling_share, to_log_mel
 from .devices import device_name
 from .initialise import initialise
@@ -121,6 +122,7 @@ class FoldTraining:
             self.resume()
             say(f"fold {self.fold}: continuing after epoch {len(self.history)}")
         self.accelerator.wait_for_everyone()  # nobody saves before all have read
+        self.record()
         loader = self.loader() if len(self.history) < self.settings.epochs else None
         for epoch in range(len(self.history), self.settings.epochs):
             began = time.perf_counter()
@@ -143,6 +145,13 @@ class FoldTraining:
             workers = min(8, (os.cpu_count() or 1) // self.accelerator.num_processes) if on_gpu else 0
         return DataLoader(self.crops, batch_sampler=self.sampler, collate_fn=as_is, num_workers=workers, pin_memory=on_gpu,
                           persistent_workers=workers > 0)
+
+    def record(self) -> None:
+        """On one GPU: the network's passes as CUDA graphs, unless they are compiled or the flag says no."""
+        settings, accelerator, config = self.settings, self.accelerator, self.cache.config
+        if settings.cuda_graphs and not settings.compile and accelerator.device.type == "cuda" and accelerator.num_processes == 1:
+            crops = self.sampler.batch_size // settings.accumulate
+            replayed(self.network, torch.zeros(crops, 1, config.n_mels, config.window_frames, device=accelerator.device))
 
     def epoch(self, epoch: int, loader: DataLoader) -> float:
         """Trains for one epoch and returns the mean loss. Every draw follows from (seed, epoch, step, process)."""

@@ -61,6 +61,8 @@ class TrainSettings:
     """Of a soft label in a labelled recording's target; an unlabelled one's target is the soft label."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
+    cuda_graphs: bool = True
+    """On one GPU, record the network's passes once and replay them: small networks are otherwise bound by their launches."""
     compile: bool = False
     """torch.compile: minutes at the start, for long trainings on a GPU."""
     train_share: float = 1.0

@@ -108,7 +108,7 @@ class FoldTraining:
         history = pd.DataFrame(self.history)
         with atomic(self.folder / "history.csv") as partial:
             history.to_csv(partial, index=False, float_format="%.9g", lineterminator="\n")
-        if len(history) % 5 == 0 or len(history) == self.settings.epochs:
+        if self.settings.pictures and (len(history) % 5 == 0 or len(history) == self.settings.epochs):
             plots.curves(self.folder / "curves.png", history, f"{self.settings.run.name}, fold {self.fold}")
 
     # ------------------------------------------------------------------------------------------------ training
@@ -168,7 +168,7 @@ class FoldTraining:
                 log_mel = to_log_mel(batch["crop"], self.cache.config)
                 rng = np.random.default_rng((settings.seed, epoch, part, 1 + process))
                 log_mel, target, weight = mix(log_mel, batch["target"] * (1 - settings.label_smoothing), batch["weight"], settings.augment, rng)
-                if epoch == part == 0 and accelerator.is_main_process:
+                if epoch == part == 0 and accelerator.is_main_process and settings.pictures:
                     self.draw_batch(log_mel, target)
                 self.weight_noise.add()
                 with accelerator.accumulate(self.network):

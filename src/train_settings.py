@@ -75,6 +75,8 @@ class TrainSettings:
     """Loader processes; -1: none on a CPU, one a core (at most 8) beside a GPU."""
     threads: int = 0
     """Of the CPU, for each process; 0: all cores, shared by the processes."""
+    pictures: bool = True
+    """Draw curves.png and first_batch.png: seconds a fold, many where the folds are many and short."""
     checkpoint_seconds: float = 0.0
     """Save the state only after an epoch that ends so long after the last save: for short epochs of large networks. 0: after every one."""
     restart: bool = False

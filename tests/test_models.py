@@ -1,4 +1,5 @@
 import numpy as np
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,8 +50,9 @@ def test_psla_s_logit_is_that_of_its_paper_s_probability():
 
 
 @pytest.mark.parametrize("settings", [AscaSettings(**kw) for kw in (
-    {}, {"layout": "CCTT"}, {"layout": "CCCC"}, {"attn_norm": "bn"}, {"expand_from": "input"}, {"pool": "max"}, {"activation": "relu"})],
-    ids=["default", "CCTT", "CCCC", "bn", "input", "max", "relu"])
+    {}, {"layout": "CCTT"}, {"layout": "CCCC"}, {"attn_norm": "bn"}, {"expand_from": "input"}, {"pool": "max"}, {"activation": "relu"},
+    {"activation": "gelu_tanh"})],
+    ids=["default", "CCTT", "CCCC", "bn", "input", "max", "relu", "gelu_tanh"])
 def test_asca_equals_timm_s_maxxvit_under_the_same_weights(settings):
     import_timm()
     from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitConvCfg, MaxxVitTransformerCfg
@@ -128,9 +130,14 @@ def test_drop_path_keeps_the_mean_and_is_off_in_eval():
 @pytest.mark.parametrize("settings", [
     ModelSettings(), ModelSettings(input_norm="fixed", asca=AscaSettings(attn_patch=16, attn_norm="bn", expand_from="input"))], ids=["default", "paper"])
 def test_onnx_equals_torch_at_any_batch(tmp_path, settings):
-    model = create_model("asca_test", 12, AUDIO, settings).eval()
+    torch.manual_seed(0)
+    model = settle(create_model("asca_test", 12, AUDIO, settings), log_mel(8))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     write_onnx(model, log_mel(2), tmp_path / "m.onnx")
     assert_parity(model, tmp_path / "m.onnx", log_mel(8))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "folding the norms works on a copy"
+    norms = sum(node.op_type == "BatchNormalization" for node in onnx.load(tmp_path / "m.onnx").graph.node)
+    assert norms == (3 if settings.asca.attn_norm == "bn" else 0), "only a transformer's norms are left: the others are inside convolutions"
     for parameter in model.parameters():
         parameter.data.mul_(1.01)
     with pytest.raises(UserError, match="differs from torch"):

@@ -45,8 +45,13 @@ class AscaSettings:
     """The pooling of the downsampling shortcuts."""
     head: Literal["avg", "gem", "attention"] = "avg"
     """How the last map becomes logits: its mean, a generalised mean, or attention over time."""
-    activation: Literal["gelu", "silu", "relu"] = "gelu"
-    """Everywhere but in squeeze-excitation."""
+    activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu"
+    """Everywhere but in squeeze-excitation. gelu_tanh is within 0.0005 of gelu, and cheaper on a CPU."""
+
+
+class GeluTanh(nn.GELU):
+    def __init__(self) -> None:
+        super().__init__("tanh")
 
 
 # widths of S1..S4, depths of S1..S4, widths of the stem's two layers, usual input side
@@ -59,7 +64,7 @@ VARIANTS = {
     "1": ((96, 192, 384, 768), (2, 6, 14, 2), (64, 64), 224),
 }
 HEAD_WIDTH = 32  # channels per attention head
-ACTIVATIONS = {"gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU}
+ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": GeluTanh, "silu": nn.SiLU, "relu": nn.ReLU}
 
 
 class DropPath(nn.Module):

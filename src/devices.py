@@ -27,7 +27,7 @@ def start(*, device: str, precision: str, accumulate: int, threads: int):
 
     Raises UserError for a device that is not there, or cannot compute in this precision.
     """
-    chosen = _choose_device(device)
+    chosen = choose_device(device)
     if precision == "auto":
         precision = "fp32" if chosen.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     if precision == "fp16" and chosen.type == "cpu":
@@ -45,7 +45,8 @@ def start(*, device: str, precision: str, accumulate: int, threads: int):
     return accelerator
 
 
-def _choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """auto: a GPU where there is one. Raises UserError for a device that cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -56,3 +57,8 @@ def _choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} is not usable: {str(error).splitlines()[0]}") from error
     return device
+
+
+def loader_workers(wanted: int, *, on_gpu: bool, processes: int = 1) -> int:
+    """Loader processes of each training process: what is wanted, or where that is -1 none on a CPU, one a core (at most 16) beside a GPU."""
+    return wanted if wanted >= 0 else min(16, max(1, (os.cpu_count() or 1) // processes)) if on_gpu else 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from dataclasses import replace
 
@@ -20,6 +19,7 @@ from .cache import Cache
 from .checkpoint import load_tensors, optimiser_tensors, restore_optimiser, save_tensors
 from .console import UserError, progress, say
 from .dataset import BalancedSampler, Crops, HeldOutWindows, as_is, sampling_share, to_log_mel
+from .devices import loader_workers
 from .losses import multi_label_loss
 from .metadata import Metadata, targets
 from .models import create_model
@@ -119,13 +119,12 @@ class FoldTraining:
                 self.save()
                 self.write_history()
             say(f"fold {self.fold}, epoch {epoch + 1:3d}: loss {loss:.4f}, held out: loss {row['valid_loss']:.4f}, top-1 {row['valid_top1']:.3f}, "
-                f"macro AP {row['valid_macro_ap']:.3f}; {self.sampler.n_batches * self.sampler.batch_size / seconds:.0f} crops/s")
+                f"macro AP {row['valid_macro_ap']:.3f}; {self.sampler.n_batches * self.sampler.batch_size / seconds:.1f} crops/s")
         self.finish()
 
     def loader(self) -> DataLoader:
-        workers, on_gpu = self.settings.workers, self.accelerator.device.type == "cuda"
-        if workers < 0:
-            workers = min(8, (os.cpu_count() or 1) // self.accelerator.num_processes) if on_gpu else 0
+        on_gpu = self.accelerator.device.type == "cuda"
+        workers = loader_workers(self.settings.workers, on_gpu=on_gpu, processes=self.accelerator.num_processes)
         return DataLoader(self.crops, batch_sampler=self.sampler, collate_fn=as_is, num_workers=workers, pin_memory=on_gpu,
                           persistent_workers=workers > 0)
 

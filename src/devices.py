@@ -6,6 +6,7 @@ import ctypes
 import os
 
 import torch
+from torch import Tensor
 
 from .console import UserError
 from .models.torchvision_guard import import_timm
@@ -40,6 +41,7 @@ def start(*, device: str, precision: str, accumulate: int, threads: int):
     AcceleratorState._reset_state()  # a second training in this process may choose another precision
     accelerator = Accelerator(cpu=chosen.type == "cpu", mixed_precision="no" if precision == "fp32" else precision,
                               gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate, sync_with_dataloader=False))
+    torch.backends.cudnn.benchmark = True  # every batch has the same shape
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // here))
     return accelerator
@@ -62,3 +64,18 @@ def choose_device(name: str) -> torch.device:
 def loader_workers(wanted: int, *, on_gpu: bool, processes: int = 1) -> int:
     """Loader processes of each training process: what is wanted, or where that is -1 none on a CPU, one a core (at most 16) beside a GPU."""
     return wanted if wanted >= 0 else min(16, max(1, (os.cpu_count() or 1) // processes)) if on_gpu else 0
+
+
+class Later:
+    """A device's number on its way to the host. `value` waits for what was queued before it alone: a GPU goes on with what came after."""
+
+    def __init__(self, number: Tensor) -> None:
+        self._number = number.detach().to("cpu", non_blocking=True)  # from a GPU: into pinned memory
+        self._there = torch.cuda.Event() if number.is_cuda else None
+        if self._there:
+            self._there.record()
+
+    def value(self) -> float:
+        if self._there:
+            self._there.synchronize()
+        return self._number.item()

@@ -12,7 +12,7 @@ import yaml
 from .console import UserError
 
 # Settings that may differ between a run and its continuation: where things are, and what executes them.
-ELSEWHERE = {"data", "folds", "cache", "run", "fold", "metadata", "noise", "device", "workers", "threads", "restart", "soft_labels"}
+ELSEWHERE = {"data", "folds", "cache", "run", "fold", "metadata", "noise", "device", "workers", "threads", "save_every", "restart", "soft_labels"}
 
 
 def comparable(config: dict) -> dict:

@@ -64,6 +64,8 @@ class TrainSettings:
     """auto, cpu, cuda, or cuda:1; several at once by accelerate launch or torchrun."""
     workers: int = -1
     """Loader processes; -1: none on a CPU, one a core (at most 16) beside a GPU."""
+    save_every: int = 1
+    """Epochs between checkpoints: where an epoch takes seconds, writing one takes longer. What is lost to a kill is done again."""
     threads: int = 0
     """Of the CPU, for each process; 0: all cores, shared by the processes."""
     restart: bool = False

@@ -106,26 +106,34 @@ def wrap(spectrogram: np.ndarray, start: int, n_frames: int) -> np.ndarray:
 class BalancedSampler(Sampler):
     """Parts of batches of keys; a recording is drawn with a probability in proportion to `share` (n,), with replacement.
 
-    An epoch is as many crops as there are recordings, or `n_crops`, to the nearest full batch. Everything follows from
-    (seed, epoch): set `epoch` before iterating. A batch is cut into `accumulate` parts for each process, so that
-    any number of processes and parts trains on the same crops.
+    An epoch is as many crops as there are recordings, or `n_crops`, to the nearest full batch, and follows from (seed, epoch).
+    Iterating goes through `epochs`, one after the other, so that loader processes work ahead into the next one. A batch is
+    cut into `accumulate` parts for each process, so that any number of processes and parts trains on the same crops.
     """
 
     def __init__(self, share: np.ndarray, batch_size: int, seed: int, *, n_crops: int | None = None, accumulate: int = 1, process: int = 0,
                  processes: int = 1) -> None:
         n_crops = n_crops or len(share)
-        self.share, self.seed, self.epoch = share / share.sum(), seed, 0
+        self.share, self.seed, self.epochs = share / share.sum(), seed, range(1)
         self.parts, self.first, self.per_batch = processes * accumulate, process * accumulate, accumulate
         self.batch_size = max(1, min(batch_size, n_crops) // self.parts) * self.parts
         self.n_batches = max(1, round(n_crops / self.batch_size))
 
-    def __len__(self) -> int:
+    @property
+    def parts_per_epoch(self) -> int:
         return self.n_batches * self.per_batch
 
+    def __len__(self) -> int:
+        return len(self.epochs) * self.parts_per_epoch
+
     def __iter__(self) -> Iterator[list[Key]]:
-        rng = np.random.default_rng((self.seed, self.epoch))
+        for epoch in self.epochs:
+            yield from self._epoch(epoch)
+
+    def _epoch(self, epoch: int) -> Iterator[list[Key]]:
+        rng = np.random.default_rng((self.seed, epoch))
         rows = rng.choice(len(self.share), self.n_batches * self.batch_size, p=self.share)
-        keys = [(self.epoch, place, int(row)) for place, row in enumerate(rows)]
+        keys = [(epoch, place, int(row)) for place, row in enumerate(rows)]
         for first in range(0, len(keys), self.batch_size):
             for part in range(self.first, self.first + self.per_batch):
                 yield keys[first + part : first + self.batch_size : self.parts]

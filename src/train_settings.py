@@ -72,7 +72,7 @@ class TrainSettings:
     device: str = "auto"
     """auto, cpu, cuda, or cuda:1; several at once by accelerate launch or torchrun."""
     workers: int = -1
-    """Loader processes; -1: none on a CPU, one a core (at most 8) beside a GPU."""
+    """Loader processes; -1: none on a CPU, one a core (at most 16) beside a GPU."""
     threads: int = 0
     """Of the CPU, for each process; 0: all cores, shared by the processes."""
     pictures: bool = True

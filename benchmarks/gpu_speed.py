@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import about
-from benchmarks.models import count_gmacs
 from src import devices
 from src.cache import Cache, build
 from src.config import AudioConfig
@@ -31,6 +30,7 @@ from src.demo_data import make
 from src.fold_training import FoldTraining
 from src.metadata import Metadata, read_metadata
 from src.models import ModelSettings, create_model
+from src.network_cost import count_gmacs
 from src.settings import parse
 from src.storage import write_text
 from src.train_settings import TrainSettings

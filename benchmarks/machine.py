@@ -10,7 +10,6 @@ import torch
 
 from src.devices import device_name
 
-import torch
 
 def about(command: str, device: torch.device | None = None) -> str:
     """`device`: what computed, where it may be a GPU; then the card and its CUDA are named too."""

@@ -67,7 +67,7 @@ class WaveformAugment:
     def __init__(self, settings: AugmentSettings, noise: Path | None, sample_rate: int) -> None:
         import audiomentations as A
 
-        self.sample_rate = sample_rate
+        self.made_from, self.sample_rate = (settings, noise, sample_rate), sample_rate
         chain: list = []
         if noise is not None:
             chain.append(_background_noise(noise, settings, sample_rate))
@@ -82,6 +82,9 @@ class WaveformAugment:
         if settings.pitch_probability:
             chain.append(A.PitchShift(min_semitones=-1, max_semitones=1, p=settings.pitch_probability))
         self.chain = A.Compose(chain)
+
+    def __reduce__(self) -> tuple:  # a spawned worker makes its own
+        return WaveformAugment, self.made_from
 
     def __call__(self, waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(n,) -> (n,) float32. The draws come from `rng` alone; Python's and numpy's global generators are restored."""

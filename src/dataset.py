@@ -37,7 +37,9 @@ class Crops(Dataset):
         self.settings, self.seed = settings, seed
         self.spec_augment = SpecAugment(settings)
         self.waveform_augment = None
-        if settings.waveform_probability > 0 and (noise is not None or settings.gain_db):
+        # A gain alone is no reason to decode: the window's normalisation undoes it.
+        on_waveforms = noise is not None or settings.band_filter_probability or settings.gaussian_probability or settings.pitch_probability
+        if settings.waveform_probability > 0 and on_waveforms:
             self.waveform_augment = WaveformAugment(settings, noise, cache.config.sample_rate)
 
     def __len__(self) -> int:

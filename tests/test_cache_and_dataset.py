@@ -1,3 +1,4 @@
+import pickle
 import signal
 import subprocess
 import sys
@@ -128,7 +129,9 @@ def test_the_waveform_path_gives_the_cache_s_frames(tmp_path, rate):
 
 
 def test_items_do_not_depend_on_the_workers(data, cached):
-    crops = crops_of(data, cached, waveform_probability=0.5, spec_augment_probability=1.0)
+    crops = crops_of(data, cached, waveform_probability=0.5, spec_augment_probability=1.0, stretch=0.2, mel_shift_bins=4, filter_db=6, roll_probability=0.5)
+    assert crops.waveform_augment is not None
+    assert np.array_equal(pickle.loads(pickle.dumps(crops)).crop(0, 0, 0), crops.crop(0, 0, 0))  # as a spawned worker gets it
     sampler = BalancedSampler(sampling_share(read_metadata([data]).table, power=0.5, use_rating=True), 6, seed=3)
     batches = {}
     for workers in (0, 2):

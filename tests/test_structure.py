@@ -19,7 +19,7 @@ FLOORS = (
     {"prepare", "folds", "folds_audit", "cache", "augment", "dataset", "models", "predict", "mistakes", "losses", "devices", "cuda_graphs",
      "train_settings", "optimiser", "soft_labels", "initialise", "weight_noise"},
     {"train", "fold_training", "report", "evaluate", "export", "infer"},
-    {"network_cost", "paper_tables", "experiment_results", "experiment_training", "experiment_report", "experiments"},
+    {"network_cost", "paper_tables", "recipe_table", "experiment_results", "experiment_training", "experiment_report", "experiments"},
     {"precision", "timeline", "distil", "kaggle", "golden", "bundle", "explore", "demo", "__main__"},
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -43,13 +43,13 @@ class Guard:
     """
 
     def __init__(self, seconds: float | None, *, hop_seconds: float, full_hop_seconds: float, n_models: int, n_rows: int,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+                 row_seconds: float = 5.0, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock, self.limited = clock, seconds is not None
         self.ends = clock() + seconds if seconds is not None else float("inf")
         self._late = clock() + 0.05 * seconds if seconds is not None else float("inf")
         self.reserve = 0.0  # seconds that the last write and its validation need
         self.plan, self.full_hop_seconds = Plan(hop_seconds, n_models), full_hop_seconds  # the latter: windows side by side
-        self.rows_left = float(n_rows)
+        self.rows_left, self.row_seconds = float(n_rows), row_seconds
         self.model_pace = [Pace() for _ in range(n_models)]  # a window
         self.other_pace = Pace()  # a row: decoding that the model waits for, writing, drawing
         self._last, self._in_models = clock(), 0.0
@@ -79,7 +79,7 @@ class Guard:
 
     def forecast(self, plan: Plan) -> float:
         """Seconds that the rows left will take."""
-        windows = self.full_hop_seconds / plan.hop_seconds
+        windows = self.row_seconds / plan.hop_seconds
         return self.rows_left * (self.other_pace.per_unit + windows * sum(pace.per_unit for pace in self.model_pace[: plan.n_models]))
 
     def measured(self) -> bool:

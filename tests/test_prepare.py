@@ -11,6 +11,7 @@ from src.competitions import COMPETITIONS
 from src.demo_data import noise, write_audio
 from src.folds import read_folds
 from src.metadata import read_csv, read_metadata
+from src.sources.layout import COLUMNS
 
 from .conftest import make_soundscape
 
@@ -32,7 +33,7 @@ def make_year(root, name, n=3):
                          "common_name": f"C {label}", "author": f"A{number}", "license": "cc"})
     rows[1]["secondary_labels"] = f"['{LABELS[name][1]}']"
     table = pd.DataFrame(rows)
-    table = table[YEAR_2025] if new else table[list(prepare.COLUMNS)]
+    table = table[YEAR_2025] if new else table[list(COLUMNS)]
     table.to_csv(root / COMPETITIONS[name].metadata, index=False)
     (root / "train_audio" / table.filename.iloc[-1]).unlink()
     taxonomy = "primary_label,inat_taxon_id,scientific_name,common_name,class_name\n" if new else "SPECIES_CODE,SCI_NAME,PRIMARY_COM_NAME\n"
@@ -53,8 +54,8 @@ def test_every_year_comes_into_one_layout(tmp_path, name, capsys):
     original, out = make_year(tmp_path / "source", name), tmp_path / "out"
     assert prepare.main([name, str(tmp_path / "source"), "--out", str(out)]) == 0
     written = read_csv(out / "train_metadata.csv")
-    assert written.columns.tolist() == list(prepare.COLUMNS)
-    same = [column for column in prepare.COLUMNS if column != "secondary_labels"]
+    assert written.columns.tolist() == list(COLUMNS)
+    same = [column for column in COLUMNS if column != "secondary_labels"]
     pd.testing.assert_frame_equal(written[same], original[same], check_dtype=False)
     metadata = read_metadata([out])
     assert metadata.classes == tuple(sorted(LABELS[name]))

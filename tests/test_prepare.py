@@ -307,7 +307,7 @@ def test_a_ucr_series_becomes_a_sound_that_shows_it(tmp_path, capsys):
     assert made.config.window_frames == 200 and held_out(tmp_path) == ["Ramps_TEST_00001.flac", "Ramps_TEST_00002.flac"]
     rising, falling = (made.read(f"Ramps_TRAIN_0000{k}.flac")[10:190, 0].astype(int) for k in (1, 2))
     assert (np.diff(rising) >= 0).all() and (np.diff(falling) <= 0).all() and rising.max() < 255  # 8 bits hold it all, with its sign
-    assert config["settings"]["time_mask_frames"] == 20 and config["audio"]["fmax"] == 250
+    assert config["settings"]["time_mask_frames"] == 20 and config["audio"]["fmax"] == 500
 
 
 def test_both_forms_of_the_ucr_archive_give_the_same_files(tmp_path):

@@ -27,7 +27,7 @@ def ucr(source: Path, out: Path) -> DataSet:
 
     A series becomes a sound of 1 s (`to_waveform`). One of n points holds frequencies up to n / 2 Hz: at the default recipe's 32 kHz nearly
     all of the spectrogram would be empty. So the recipe is another one: 4 kHz, frames of 50 ms every 5 ms, mel bins up to n / 2 Hz of the
-    longest series (at least 250 Hz, at most 2 kHz). There the lowest bins show the series' level over time and the ones above its
+    longest series (at least 500 Hz, at most 2 kHz). There the lowest bins show the series' level over time and the ones above its
     oscillations. One without any value is counted as missing.
     """
     files = {part: the_file(source, part) for part in ("TRAIN", "TEST")}
@@ -46,7 +46,7 @@ def ucr(source: Path, out: Path) -> DataSet:
     classes = list(labels) or sorted(recordings.primary_label.unique(), key=_numbers_first)
     return DataSet(
         recordings, folds={"folds.csv": recordings.fold}, classes={label: label for label in classes},
-        cache={"sample_rate": RATE, "n_fft": 2048, "win_length": 200, "hop_length": 20, "fmin": 0.0, "fmax": float(np.clip(longest / 2, 250, RATE / 2)),
+        cache={"sample_rate": RATE, "n_fft": 2048, "win_length": 200, "hop_length": 20, "fmin": 0.0, "fmax": float(np.clip(longest / 2, 500, RATE / 2)),
                "db_max": 50.0, "window_seconds": 1.0},  # + 50 dB: a level of 1, weighted by filters a few Hz wide, and 6 dB of gain in training
         train={"time_mask_frames": 20})  # a tenth of the window, as in the default recipe
 

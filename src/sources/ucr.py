@@ -111,23 +111,23 @@ def read_ts(file: Path) -> tuple[list[str], list[Row]]:
             break
         if not key.startswith("@"):
             raise UserError(f"{file}, line {number}: {line[:80]!r} stands before @data and is no @-line; it is no .ts file")
-        header[key.lower()] = [value for value in values if value]
-    declared = header.get("@classlabel", [])
-    if header.get("@univariate", ["true"])[0].lower() == "false":
+        header[key.lower()] = values
+    said = {key: "".join(values[:1]).lower() for key, values in header.items()}
+    if said.get("@univariate") == "false":
         raise UserError(f"{file}: its series have several channels; only univariate data sets become sounds")
-    if header.get("@timestamps", ["false"])[0].lower() == "true":
+    if said.get("@timestamps") == "true":
         raise UserError(f"{file}: its values have time stamps; only evenly spaced series become sounds")
-    if not declared or declared[0].lower() != "true":
+    if said.get("@classlabel") != "true":
         raise UserError(f"{file}: it has no class labels (@classLabel true ...)")
-    rows = []
+    rows, declared = [], header["@classlabel"][1:]
     for number, line in lines:
         values, *rest = line.split(":")
         if len(rest) != 1:
             raise UserError(f"{file}, line {number}: {len(rest)} colons; a univariate series has one, before its label")
         rows.append(_row(file, number, rest[0], *values.replace("?", "nan").split(",")))
-        if rows[-1][0] not in declared[1:]:
+        if rows[-1][0] not in declared:
             raise UserError(f"{file}, line {number}: label {rows[-1][0]!r} is not among @classLabel's; correct the line or delete it")
-    return declared[1:], rows
+    return declared, rows
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:

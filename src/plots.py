@@ -32,7 +32,8 @@ def draw_spectrogram(axes: Axes, log_mel: np.ndarray, config: AudioConfig, secon
     low, high = np.percentile(log_mel, 5), log_mel.max()
     axes.imshow(log_mel, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, config.n_mels),
                 vmin=low, vmax=max(high, low + 1), interpolation="nearest")
-    hertz = np.array([500, 1000, 2000, 4000, 8000])
+    hertz = np.array([50, 100, 200, 500, 1000, 2000, 4000, 8000])
+    hertz = hertz[(hertz >= config.fmax / 32) & (hertz <= config.fmax)]
     axes.set_yticks(np.interp(_mel(hertz), np.linspace(_mel(config.fmin), _mel(config.fmax), config.n_mels + 2),
                               np.arange(-1.0, config.n_mels + 1)) + 0.5, [f"{h / 1000:g}k" for h in hertz])
 

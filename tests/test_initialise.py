@@ -2,11 +2,13 @@
 
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file, save_model
 
 from src import train
@@ -95,7 +97,7 @@ def test_unsafe_damaged_and_foreign_files_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("EXECUTED", str(tmp_path / "executed"))
     good = create_model("asca_test", 5, AUDIO).state_dict()
     for name in ("pickle.bin", "archive.pth"):
-        (torch.save if name.endswith("pth") else lambda x, f: f.write_bytes(pickle.dumps(x)))({"stem.conv1.weight": Executes()}, tmp_path / name)
+        (torch.save if name.endswith("pth") else lambda x, f: f.write_bytes(pickle.dumps(x, protocol=2)))({"stem.conv1.weight": Executes()}, tmp_path / name)
     for name, write in (("cut.safetensors", save_file), ("cut.pth", torch.save)):
         write(good, tmp_path / name)
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-1000])
@@ -115,7 +117,7 @@ def test_unsafe_damaged_and_foreign_files_are_refused(tmp_path, monkeypatch):
             begin(tmp_path / place, "asca_test")
 
 
-def test_another_run_gives_all_but_the_head_and_never_a_recording_it_was_trained_on(run, data, capsys):
+def test_another_run_gives_all_but_the_head_and_never_a_recording_it_was_trained_on(run, data, tmp_path, capsys):
     held_out = pd.read_csv(run / "fold0/oof.csv").filename.tolist()
     weights, _ = load_tensors(run / "fold0/weights.safetensors")
     model, facts = begin(run / "fold0", "asca_test", 7, side=64, held_out=held_out)
@@ -128,6 +130,14 @@ def test_another_run_gives_all_but_the_head_and_never_a_recording_it_was_trained
     for place in (run / "fold0", run / "fold0/weights.safetensors"):
         with pytest.raises(UserError, match=f"trained on {len(heard) - len(held_out)} of the recordings held out here"):
             begin(place, "asca_test", 7, side=64, held_out=heard)
+    later = tmp_path / "later/fold0"  # trained on other recordings, and begun from the run that knows these
+    shutil.copytree(run / "fold0", later)
+    (tmp_path / "train_metadata.csv").write_text("primary_label,secondary_labels,author,filename\nx,[],,x/1.ogg\n")
+    config = read_config(later)
+    config["settings"] |= {"data": [str(tmp_path)], "init": str(run / "fold0")}
+    (later / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=f"{run / 'fold0'} was trained on"):
+        begin(later, "asca_test", 7, side=64, held_out=heard)
     for name, asca, message in (("efficientnet_b0", {}, "model: asca_test -> efficientnet_b0"), ("asca_test", {"layout": "CCTT"}, "layout: CCCT -> CCTT")):
         with pytest.raises(UserError, match=f"another network.*{message}"):
             begin(run / "fold0", name, 7, side=64, **asca)

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.models import settle, unreached
+from benchmarks.models import unreached
 from src.config import AudioConfig
 from src.console import UserError
 from src.export import assert_parity, write_onnx
@@ -11,6 +11,7 @@ from src.models import MODELS, ModelSettings, create_model
 from src.models.asca import ASCA, VARIANTS, AscaSettings, DropPath
 from src.models.log_mel_input import LogMelInput
 from src.models.torchvision_guard import import_timm
+from src.network_cost import count_gmacs, cpu_windows_per_second, settle
 
 AUDIO = AudioConfig()
 
@@ -74,13 +75,9 @@ def test_asca_equals_timm_s_maxxvit_under_the_same_weights(settings):
 
 @pytest.mark.parametrize(("variant", "millions", "gmacs"), [("test", 0.48, 0.22), ("pico", 10.0, 1.86), ("nano", 14.1, 2.34), ("0", 22.4, 3.97)])
 def test_sizes_are_coatnet_s(variant, millions, gmacs):
-    from torch.utils.flop_counter import FlopCounterMode
-
     model = ASCA(variant, 264, side=224).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 1, 224, 224))
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.03)
-    assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, rel=0.03)
+    assert count_gmacs(model, torch.zeros(1, 1, 224, 224)) == pytest.approx(gmacs, rel=0.03)
 
 
 @pytest.mark.parametrize(("patch", "tokens"), [(32, 16), (16, 64), (14, 81), (7, 324)])
@@ -145,3 +142,8 @@ def test_rivals_onnx_equals_torch_at_any_batch(tmp_path, name):
     assert_parity(model, tmp_path / "m.onnx", log_mel(8))
     with torch.no_grad():
         assert model(log_mel(8)).std(0).max() > 0.01
+
+
+def test_a_cpu_s_speed_is_measured():
+    rate = cpu_windows_per_second(create_model("asca_test", 5, AUDIO, ModelSettings(input_side=64)), AUDIO, threads=1, seconds=0.1)
+    assert 5 < rate < 5000

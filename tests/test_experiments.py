@@ -1,5 +1,7 @@
 """The paper's tables on made data: real trainings in worker processes, interrupted, continued, failed, carried to another place."""
 
+import contextlib
+import io
 import multiprocessing
 import os
 import shutil
@@ -59,8 +61,9 @@ def done(birds, flags):
     process.terminate()
     said.append((process.communicate()[0], process.returncode, pd.read_csv(table)))
     for _ in range(2):
-        again = subprocess.run([sys.executable, "-m", "src.experiments", "table2", *flags], capture_output=True, text=True)
-        said.append((again.stdout, again.returncode, pd.read_csv(table)))
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            code = experiments.main(["table2", *flags])
+        said.append((out.getvalue(), code, pd.read_csv(table)))
         damaged.unlink(missing_ok=True)
     return said
 

@@ -12,6 +12,7 @@ from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal
 
@@ -172,14 +173,16 @@ class Workers:
     def __init__(self, jobs: int) -> None:
         self.idle = [self.new() for _ in range(jobs)]
         self.busy: dict[Future, tuple[ProcessPoolExecutor, Job]] = {}
+        self.processes: set[BaseProcess] = set()
 
     @staticmethod
     def new() -> ProcessPoolExecutor:
         return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=begin)
 
     def submit(self, job: Job) -> None:
-        worker = self.idle.pop()
+        worker, others = self.idle.pop(), set(multiprocessing.active_children())
         self.busy[worker.submit(train_and_score, job)] = worker, job
+        self.processes |= set(multiprocessing.active_children()) - others  # it starts with its first training
 
     def next(self) -> list[tuple[Job, dict | None]]:
         """Waits for the next trainings to end: (job, its row or None)."""
@@ -189,17 +192,17 @@ class Workers:
             try:
                 ended.append((job, future.result()))
             except BrokenProcessPool:
-                worker.shutdown()
-                worker = self.new()
                 ended.append((job, None))
+                worker = self.new()
             self.idle.append(worker)
         return ended
 
     def close(self) -> None:
         """Ends what is still running; a training keeps its last checkpoint."""
-        if self.busy:
-            for process in multiprocessing.active_children():
+        for _ in range(2):  # first the trainings, which end well and leave their workers idle, then these
+            for process in self.processes:
                 process.terminate()
+            wait(self.busy)
         for worker in [*self.idle, *(worker for worker, _ in self.busy.values())]:
             worker.shutdown()
 

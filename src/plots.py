@@ -181,7 +181,7 @@ def per_class_chart(path: Path, table: pd.DataFrame, heading: str) -> None:
 def intervals(path: Path, panels: Sequence[tuple[str, Sequence[tuple[str, float, float, float]]]], heading: str) -> None:
     """Panels side by side with the same lines from top to bottom: (name, value, low, high); NaN where there is none."""
     names = [name for name, *_ in panels[0][1]]
-    figure = Figure(figsize=(2.2 + 3 * len(panels), 1.3 + 0.32 * len(names)), layout="constrained")
+    figure = Figure(figsize=(2.2 + 2.8 * len(panels), 1.6 + 0.34 * len(names)), layout="constrained")
     figure.suptitle(heading)
     for axes, (title, points) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
         value, low, high = np.array([point for _, *point in points], float).T

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.models import settle, unreached
+from benchmarks.models import unreached
 from src.config import AudioConfig
 from src.console import UserError
 from src.export import assert_parity, write_onnx
@@ -12,6 +12,7 @@ from src.models import MODELS, ModelSettings, create_model
 from src.models.asca import ASCA, VARIANTS, AscaSettings, DropPath, RelativeAttention, RelativeBias, RelativeMlp
 from src.models.log_mel_input import LogMelInput
 from src.models.torchvision_guard import import_timm
+from src.network_cost import count_gmacs, cpu_windows_per_second, settle
 
 AUDIO = AudioConfig()
 
@@ -78,13 +79,9 @@ def test_asca_equals_timm_s_maxxvit_under_the_same_weights(settings):
     ("test", 32, 0.48, 0.22), ("pico", 32, 10.0, 1.86), ("nano", 32, 14.1, 2.34), ("tiny", 32, 15.6, 2.90), ("0", 32, 22.4, 3.97), ("1", 32, 37.0, 6.79),
     ("nano", 16, 14.1, 3.69), ("tiny", 16, 15.6, 4.28), ("0", 16, 22.4, 5.97)])
 def test_sizes_are_coatnet_s(variant, patch, millions, gmacs):
-    from torch.utils.flop_counter import FlopCounterMode
-
     model = ASCA(variant, 264, side=224, settings=AscaSettings(attn_patch=patch)).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:  # passes over the CPU's fused attention, as the figures do
-        model(torch.zeros(1, 1, 224, 224))
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.03)
-    assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, rel=0.03)
+    assert count_gmacs(model, torch.zeros(1, 1, 224, 224)) == pytest.approx(gmacs, rel=0.03)
 
 
 @pytest.mark.parametrize(("patch", "tokens"), [(32, 16), (16, 64), (14, 81), (7, 324)])
@@ -167,3 +164,8 @@ def test_rivals_onnx_equals_torch_at_any_batch(tmp_path, name):
     assert_parity(model, tmp_path / "m.onnx", log_mel(8))
     with torch.no_grad():
         assert model(log_mel(8)).std(0).max() > 0.01
+
+
+def test_a_cpu_s_speed_is_measured():
+    rate = cpu_windows_per_second(create_model("asca_test", 5, AUDIO, ModelSettings(input_side=64)), AUDIO, threads=1, seconds=0.1)
+    assert 5 < rate < 5000

@@ -26,6 +26,8 @@ class AugmentSettings:
     """So many random crops are looked at and the loudest is taken; 1: any."""
     waveform_probability: float = 0.25
     """Share of the crops that are read as waveforms and augmented there: the paper's background noise (0.25)."""
+    waveform_memory: float = 2.0
+    """GiB for decoded recordings, where all of them fit; else each waveform is read from its file."""
     min_snr_db: float = 0.0
     """Background noise, where --noise is given: the lowest signal-to-noise ratio."""
     max_snr_db: float = 20.0
@@ -120,7 +122,10 @@ def _background_noise(noise: Path, settings: AugmentSettings, sample_rate: int):
             file = self.sound_file_paths.index(self.parameters["noise_file_path"])
             start = round(self.parameters["offset"] * sample_rate)
             for sound in self.sounds[file:] + self.sounds[:file]:  # a silent stretch: the next file's
-                stretch = np.resize(sound[min(start, max(0, len(sound) - len(samples))) :], len(samples))
+                first = min(start, max(0, len(sound) - len(samples)))
+                stretch = sound[first : first + len(samples)]
+                if len(stretch) < len(samples):
+                    stretch = np.resize(stretch, len(samples))
                 noise_rms = calculate_rms(stretch)
                 if noise_rms >= SILENT:
                     break

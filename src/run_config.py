@@ -12,7 +12,8 @@ import yaml
 from .console import UserError
 
 # Settings that may differ between a run and its continuation: where things are, and what executes them.
-ELSEWHERE = {"data", "folds", "cache", "run", "fold", "metadata", "noise", "device", "workers", "threads", "save_every", "restart", "soft_labels"}
+ELSEWHERE = {"data", "folds", "cache", "run", "fold", "metadata", "noise", "device", "workers", "threads", "save_every", "waveform_memory", "restart",
+             "soft_labels"}
 
 
 def comparable(config: dict) -> dict:

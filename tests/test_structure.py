@@ -16,7 +16,7 @@ FLOORS = (
     {"console", "config", "storage", "settings", "competitions", "deadline"},
     {"audio", "metrics", "metadata", "submission", "plots", "checkpoint", "demo_data", "onnx_models", "run_config", "engines", "soundscapes",
      "scoring", "detections"},
-    {"prepare", "folds", "folds_audit", "cache", "augment", "dataset", "models", "predict", "mistakes", "losses", "devices",
+    {"prepare", "folds", "folds_audit", "cache", "augment", "waveforms", "dataset", "models", "predict", "mistakes", "losses", "devices",
      "train_settings", "optimiser", "soft_labels"},
     {"train", "fold_training", "report", "evaluate", "export", "infer"},
     {"precision", "timeline", "distil", "kaggle", "golden", "bundle", "explore", "demo", "__main__"},

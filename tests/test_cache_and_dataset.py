@@ -125,6 +125,10 @@ def test_the_waveform_path_gives_the_cache_s_frames(tmp_path, rate, memory):
             expected = crops.cache.read(table.filename[row])[frames]
             assert waveform_path.shape == (500, 128)
             assert np.abs(waveform_path.astype(int) - expected).max() <= (1 if rate == 32_000 or memory else 4), (row, start)
+    if memory:
+        soundfile.write(crops.paths[5], waveform(4, rate), rate)
+        with pytest.raises(RuntimeError, match="readable when it was cached, and is not now: its length is another one"):
+            crops.waveform_crop(5, 0, None)
 
 
 def test_items_do_not_depend_on_the_workers_or_the_memory(data, cached):

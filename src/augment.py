@@ -26,6 +26,8 @@ class AugmentSettings:
     """So many random crops are looked at and the loudest is taken; 1: any."""
     waveform_probability: float = 0.25
     """Share of the crops that are read as waveforms and augmented there: the paper's background noise (0.25)."""
+    waveform_memory: float = 2.0
+    """GiB for decoded recordings, where all of them fit; else each waveform is read from its file."""
     min_snr_db: float = 0.0
     """Background noise, where --noise is given: the lowest signal-to-noise ratio."""
     max_snr_db: float = 20.0
@@ -127,7 +129,10 @@ def _background_noise(noise: Path, settings: AugmentSettings, sample_rate: int):
             file = self.sound_file_paths.index(self.parameters["noise_file_path"])
             start = round(self.parameters["offset"] * sample_rate)
             for sound in self.sounds[file:] + self.sounds[:file]:  # a silent stretch: the next file's
-                stretch = np.resize(sound[min(start, max(0, len(sound) - len(samples))) :], len(samples))
+                first = min(start, max(0, len(sound) - len(samples)))
+                stretch = sound[first : first + len(samples)]
+                if len(stretch) < len(samples):
+                    stretch = np.resize(stretch, len(samples))
                 noise_rms = calculate_rms(stretch)
                 if noise_rms >= SILENT:
                     break
@@ -179,8 +184,8 @@ class SpecAugment:
         if rng.random() >= self.probability:
             return crop
         self.masking.set_random_seed(int(rng.integers(2**31)))
-        kept = self.masking(image=np.ones_like(crop))["image"]
-        return np.where(kept, crop, np.uint8(round(crop.mean())))
+        self.masking.fill = round(crop.sum(dtype=np.uint32) / crop.size)  # a third of crop.mean()'s time
+        return self.masking(image=crop)["image"]
 
 
 def draw_mixup(n: int, settings: AugmentSettings, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

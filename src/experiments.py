@@ -143,7 +143,7 @@ class Plan:
     def job(self, one: DataSet, row: Row, cell: Cell) -> Job:
         run = self.settings.runs / one.name / f"{re.sub(r'[^A-Za-z0-9]+', '_', row.settings().model)}-{cell.key}-seed{cell.seed}"
         argv = [*row.flags, "--data", one.folder, "--folds", one.folds, "--cache", one.cache, "--run", run, "--fold", cell.fold, "--seed", cell.seed,
-                "--device", self.settings.device, *share_of_machine(self.settings), "--checkpoint-seconds", "60", "--no-pictures"]
+                "--device", self.settings.device, *share_of_machine(self.settings), "--checkpoint-seconds", "60", "--validate-every", "1000", "--no-pictures"]
         needs, noise = None, one.noise if row.noise else None
         if noise:
             argv += ["--noise", noise]

@@ -77,6 +77,8 @@ class TrainSettings:
     """Of the CPU, for each process; 0: all cores, shared by the processes."""
     pictures: bool = True
     """Draw curves.png and first_batch.png: seconds a fold, many where the folds are many and short."""
+    validate_every: int = 1
+    """Score the held-out recordings after every so many epochs, and after the last: for epochs that are shorter than that."""
     checkpoint_seconds: float = 0.0
     """Save the state only after an epoch that ends so long after the last save: for short epochs of large networks. 0: after every one."""
     restart: bool = False

@@ -16,7 +16,7 @@ FLOORS = (
     {"console", "config", "storage", "settings", "competitions", "deadline"},
     {"audio", "metrics", "metadata", "submission", "plots", "checkpoint", "demo_data", "onnx_models", "run_config", "engines", "soundscapes",
      "scoring", "detections"},
-    {"prepare", "sources", "folds", "folds_audit", "cache", "augment", "dataset", "models", "predict", "mistakes", "losses", "devices",
+    {"prepare", "sources", "folds", "folds_audit", "cache", "augment", "waveforms", "dataset", "models", "predict", "mistakes", "losses", "devices",
      "cuda_graphs", "train_settings", "optimiser", "soft_labels", "initialise", "weight_noise"},
     {"train", "fold_training", "report", "evaluate", "export", "infer"},
     {"network_cost", "paper_tables", "recipe_table", "experiment_results", "experiment_training", "experiment_report", "experiments"},

@@ -39,13 +39,13 @@ class AugmentSettings:
     """White noise at 10 to 40 dB on the waveform path."""
     pitch_probability: float = 0.0
     """A shift by up to one semitone on the waveform path (25 ms a crop)."""
-    roll_probability: float = 0.0
+    roll_probability: float = 1.0
     """Share of the crops that are rotated in time by a random number of frames."""
-    filter_db: float = 0.0
+    filter_db: float = 6.0
     """A random smooth frequency response within -filter_db to filter_db on each crop; 0: off."""
-    stretch: float = 0.0
+    stretch: float = 0.2
     """A crop lasts up to 1 + stretch times as long, or as short, before it is brought to the window's length; 0: off."""
-    mel_shift_bins: int = 0
+    mel_shift_bins: int = 4
     """The spectrogram is moved up or down by at most so many mel bins (above 1 kHz two of 128 are a semitone); 0: off."""
     spec_augment_probability: float = 0.5
     """Share of the crops that are masked."""
@@ -55,7 +55,7 @@ class AugmentSettings:
     time_masks: int = 2
     time_mask_frames: int = 50
     """Longest mask: 50 frames = 0.5 s."""
-    mixup_probability: float = 0.5
+    mixup_probability: float = 0.0
     """Share of the crops that are mixed with another of the batch."""
     mixup_alpha: float = 0.4
     """The mixing weight is drawn from Beta(alpha, alpha)."""

@@ -128,9 +128,9 @@ class FoldTraining:
             say(f"fold {self.fold}: continuing after epoch {len(self.history)}")
         self.accelerator.wait_for_everyone()  # nobody saves before all have read
         epochs = range(len(self.history), self.settings.epochs)
-        batches = iter(self.loader(epochs)) if epochs else iter(())
         if epochs:
-            self.record()
+            self.record()  # before the loader's threads, which would disturb it
+        batches = iter(self.loader(epochs)) if epochs else iter(())
         for epoch in epochs:
             began = time.perf_counter()
             loss = self.epoch(epoch, batches)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from . import metrics, train
 from .config import AudioConfig
@@ -53,10 +54,15 @@ class Job:
     def log(self) -> Path:
         return self.folder / "log.txt"
 
+    def why(self) -> str:
+        """The last line of the log."""
+        return next(iter(reversed(self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines())), "") if self.log.exists() else ""
+
 
 def begin() -> None:
     """A worker's first act: Ctrl-C is the main process's to handle, and its death is this one's end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a worker that is ended would leave behind
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -82,6 +82,7 @@ def train_and_score(job: Job) -> dict | None:
             return None
         finally:
             gc.collect()
+            gc.freeze()  # what is left are modules: later collections, one a training at least, pass over them
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # for the trainings beside this one
 

@@ -60,7 +60,8 @@ class Job:
 
 
 def begin() -> None:
-    """A worker's first act: Ctrl-C is the main process's to handle, and its death is this one's end."""
+    """A worker's first act: Ctrl-C is the main process's to handle, its death is this one's end, and a loader's processes start as usual here."""
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # not spawned because this one was
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a worker that is ended would leave behind
     threading.Thread(target=_end_with_parent, daemon=True).start()

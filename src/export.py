@@ -21,7 +21,7 @@ from .config import AudioConfig
 from .console import UserError, say, stage
 from .dataset import to_log_mel
 from .models import ModelSettings, create_model
-from .models.asca import AscaSettings
+from .models.asca import AscaSettings, MBConv
 from .run_config import read_config
 from .settings import parse
 from .storage import atomic, sha256, write_text
@@ -52,12 +52,28 @@ def load_model(folder: Path) -> tuple[nn.Module, dict]:
     return model.eval(), config
 
 
+def fold_pre_norms(model: nn.Module) -> nn.Module:
+    """A copy in eval mode with MBConv's first norm inside the 1x1 convolution behind it: W (s x + t) = (W s) x + W t, where W t goes to the
+    mean of the next norm. Exact but for rounding. onnxruntime folds the norms behind convolutions itself, but computes those ahead of them."""
+    folded = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        for block in folded.modules():
+            if isinstance(block, MBConv):
+                norm, following, weight = block.pre_norm, block.norm1, block.conv1_1x1.weight.double()  # (hidden, width, 1, 1)
+                scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+                shift = norm.bias.double() - norm.running_mean.double() * scale
+                following.running_mean.copy_(following.running_mean.double() - weight[:, :, 0, 0] @ shift)
+                block.conv1_1x1.weight.copy_(weight * scale[None, :, None, None])
+                block.pre_norm = nn.Identity()
+    return folded
+
+
 def write_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
     """The graph log_mel (batch, 1, n_mels, window_frames) -> logits (batch, n_classes), one file, any batch."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own deprecations; what counts, the result, is compared below
-        torch.onnx.export(model, (example,), path, dynamo=True, opset_version=OPSET, external_data=False, verbose=False,
+        torch.onnx.export(fold_pre_norms(model), (example,), path, dynamo=True, opset_version=OPSET, external_data=False, verbose=False,
                           input_names=["log_mel"], output_names=["logits"], dynamic_shapes={"log_mel": {0: torch.export.Dim("batch")}})
 
 

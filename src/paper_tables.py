@@ -179,4 +179,4 @@ def section42(budget: Budget, data: Sequence[str]) -> Table:
                  "The paper found batch norm best and gives no numbers.")
 
 
-TABLES = {make.__name__: make for make in (table1, table2, figure2, figure3, section42)}
+PAPER = {make.__name__: make for make in (table1, table2, figure2, figure3, section42)}

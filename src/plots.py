@@ -32,7 +32,8 @@ def draw_spectrogram(axes: Axes, log_mel: np.ndarray, config: AudioConfig, secon
     low, high = np.percentile(log_mel, 5), log_mel.max()
     axes.imshow(log_mel, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, config.n_mels),
                 vmin=low, vmax=max(high, low + 1), interpolation="nearest")
-    hertz = np.array([500, 1000, 2000, 4000, 8000])
+    hertz = np.array([50, 100, 200, 500, 1000, 2000, 4000, 8000])
+    hertz = hertz[(hertz >= config.fmax / 32) & (hertz <= config.fmax)]
     axes.set_yticks(np.interp(_mel(hertz), np.linspace(_mel(config.fmin), _mel(config.fmax), config.n_mels + 2),
                               np.arange(-1.0, config.n_mels + 1)) + 0.5, [f"{h / 1000:g}k" for h in hertz])
 
@@ -62,11 +63,12 @@ def curves(path: Path, history: pd.DataFrame, heading: str) -> None:
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     figure.suptitle(heading)
     loss, scores, rate = figure.subplots(1, 3)
+    validated = history.dropna(subset="valid_loss")
     loss.plot(history.epoch, history.train_loss, label="training (augmented)")
-    loss.plot(history.epoch, history.valid_loss, label="held out")
+    loss.plot(validated.epoch, validated.valid_loss, marker=".", label="held out")
     loss.set(xlabel="epoch", title="binary cross-entropy", yscale="log")
-    scores.plot(history.epoch, history.valid_top1, label="top-1")
-    scores.plot(history.epoch, history.valid_macro_ap, label="macro AP")
+    scores.plot(validated.epoch, validated.valid_top1, marker=".", label="top-1")
+    scores.plot(validated.epoch, validated.valid_macro_ap, marker=".", label="macro AP")
     scores.set(xlabel="epoch", title="held out, first window of each recording", ylim=(0, 1))
     rate.plot(history.epoch, history.learning_rate, color="C2")
     rate.set(xlabel="epoch", title="learning rate at the epoch's end")

@@ -61,6 +61,8 @@ class TrainSettings:
     """Of a soft label in a labelled recording's target; an unlabelled one's target is the soft label."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
+    cuda_graphs: bool = True
+    """On one GPU, record the network's passes once and replay them: small networks are otherwise bound by their launches."""
     compile: bool = False
     """torch.compile: minutes at the start, for long trainings on a GPU."""
     train_share: float = 1.0
@@ -70,11 +72,13 @@ class TrainSettings:
     device: str = "auto"
     """auto, cpu, cuda, or cuda:1; several at once by accelerate launch or torchrun."""
     workers: int = -1
-    """Loader processes; -1: none on a CPU, one a core (at most 8) beside a GPU."""
+    """Loader processes; -1: none on a CPU, one a core (at most 16) beside a GPU."""
     threads: int = 0
     """Of the CPU, for each process; 0: all cores, shared by the processes."""
     pictures: bool = True
     """Draw curves.png and first_batch.png: seconds a fold, many where the folds are many and short."""
+    validate_every: int = 1
+    """Score the held-out recordings after every so many epochs, and after the last: for epochs that are shorter than that."""
     checkpoint_seconds: float = 0.0
     """Save the state only after an epoch that ends so long after the last save: for short epochs of large networks. 0: after every one."""
     restart: bool = False

@@ -41,7 +41,7 @@ class DataTable:
     """One data set's rows of a table."""
 
     def __init__(self, table: Table, budget: Budget, data: str, results: Results, noisy: Collection[str], speeds: pd.DataFrame) -> None:
-        self.data, self.rows = data, table.of(data)
+        self.data, self.rows = data, [row for row in table.of(data) if row.noise or data in noisy]
         self.folds = sorted(set(results.table.fold[results.table.data == data]))[: budget.n_folds or None]
         cells = [(seed, fold) for seed in budget.seeds for fold in self.folds]
         self.found = {row.name: (of := results.of(data, row.key(data, noisy)))[of.index.isin(cells)] for row in self.rows}
@@ -134,8 +134,10 @@ def draw(path: Path, table: Table, parts: Sequence[DataTable], heading: str) -> 
                 panels.append((f"{part.data}: {NAMES[metric]}", curves))
         plots.lines(path, panels, table.x, heading)
         return
-    panels = [(f"{part.data}: {NAMES[metric]}", [(row.name, *part.estimate(row, metric)) for row in part.rows]) for part in parts for metric in SHOWN]
+    unknown = (np.nan,) * 3
+    panels = [(f"{part.data}: {NAMES[metric]}", [(row.name, *(part.estimate(row, metric) if row in part.rows else unknown)) for row in table.rows])
+              for part in parts for metric in SHOWN]
     if table.paper:
-        panels.append(("the paper: BirdCLEF 2023, mAP %", [(row.name, table.paper.get(row.name, {}).get("BirdCLEF 2023", np.nan), np.nan, np.nan)
+        panels.append(("the paper: BirdCLEF 2023, mAP %", [(row.name, table.paper.get(row.name, {}).get("BirdCLEF 2023", np.nan), *unknown[:2])
                                                            for row in table.rows]))
     plots.intervals(path, panels, heading)

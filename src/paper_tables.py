@@ -175,7 +175,7 @@ def section42(budget: Budget, data: Sequence[str]) -> Table:
     rows = [Row("ASCA", recipe(model, budget)), *(Row(name, recipe(model, budget, *flags)) for name, flags in changes),
             Row("no background noise", recipe(model, budget), noise=False)]
     return Table("section42", "Section 4.2: regularisation and augmentation, one change at a time", tuple(rows),
-                 "ASCA is the default recipe; each row changes one thing. Where a data set comes without background noise, the last row is ASCA itself. "
+                 "ASCA is the default recipe; each row changes one thing. A data set that comes without background noise lacks the last row. "
                  "The paper found batch norm best and gives no numbers.")
 
 

@@ -204,12 +204,13 @@ def lines(path: Path, panels: Sequence[tuple[str, dict[str, Sequence[tuple[float
             shifted = x * 1.03**number  # so that intervals do not hide each other
             axes.errorbar(shifted, value, yerr=np.nan_to_num([value - low, high - value]).clip(0), marker="o", markersize=4, capsize=3, label=plain(name, 40))
         ticks = sorted({point[0] for points in curves.values() for point in points})
-        axes.set(title=title, xscale="log", xlabel=x_label)
+        axes.set(title=title, xscale="log")
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         if len(curves) > 1:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, framealpha=0.6)
+    figure.supxlabel(x_label, fontsize=10)
     save(figure, path)
 
 

@@ -81,20 +81,25 @@ def loader(table: pd.DataFrame, cache: Cache, settings: LoaderSettings, noise: P
     """As in src.train: its crops, its sampler, no worker processes."""
     classes = tuple(sorted(set(table.primary_label)))
     crops = Crops(table, cache, *targets(table, classes), settings=AugmentSettings(**augment), noise=noise, seed=0)
-    for row in range(len(crops)):
-        if crops.waveform_augment:
-            crops.waveforms.read(row, 0, 1)  # decoded once, as a training's first epochs do
     sampler = BalancedSampler(sampling_share(table, power=0.5, use_rating=False), settings.batch_size, 0)
     sampler.epochs = range(10**9)
     return DataLoader(crops, batch_sampler=sampler, collate_fn=as_is, num_workers=0)
 
 
 def measure(table: pd.DataFrame, cache: Cache, noise: Path, settings: LoaderSettings) -> dict[str, float]:
-    """Crops a second: librosa in both ways, its decoding of 5 s alone, the loader from the cache, the loader with a quarter of waveforms in both ways."""
+    """Crops a second: librosa in both ways, its decoding of 5 s alone, the loader from the cache, the loader with a quarter of waveforms in
+    both ways; and `once`, the seconds in which all recordings are decoded into memory, as a training's first epochs do."""
     config, rng = cache.config, np.random.default_rng(0)
-    streams = {"cache": iter(loader(table, cache, settings, noise, waveform_probability=0.0)),
-               "memory": iter(loader(table, cache, settings, noise, waveform_probability=0.25)),
-               "files": iter(loader(table, cache, settings, noise, waveform_probability=0.25, waveform_memory=0.0))}
+    loaders = {"cache": loader(table, cache, settings, noise, waveform_probability=0.0),
+               "memory": loader(table, cache, settings, noise, waveform_probability=0.25),
+               "files": loader(table, cache, settings, noise, waveform_probability=0.25, waveform_memory=0.0)}
+    began, waveforms = time.process_time(), loaders["memory"].dataset.waveforms
+    if waveforms.samples is None:
+        raise UserError("these recordings do not fit into memory, which is to be measured too; give fewer, by another --metadata")
+    for row in range(len(table)):
+        waveforms.read(row, 0, 1)
+    once = time.process_time() - began
+    streams = {name: iter(batches) for name, batches in loaders.items()}
     n_batches = {name: max(1, settings.crops // settings.batch_size // (1 if name == "cache" else 4)) for name in streams}
     speeds: dict[str, list[float]] = {name: [] for name in ("librosa", "whole", "decoding", *streams)}
     for round_ in progress(range(settings.rounds + 1), what="measuring", unit="round"):
@@ -109,7 +114,7 @@ def measure(table: pd.DataFrame, cache: Cache, noise: Path, settings: LoaderSett
         if round_:  # the first one warms up: imports, compiled resamplers, files
             for name, value in result.items():
                 speeds[name].append(value)
-    return {name: float(np.median(values)) for name, values in speeds.items()}
+    return {"once": once} | {name: float(np.median(values)) for name, values in speeds.items()}
 
 
 @stage
@@ -136,9 +141,9 @@ def main(argv: list[str] | None = None) -> None:
     words = " ".join(word for flag, value in (("data", settings.data and settings.data[0].name), ("noise", settings.noise and settings.noise.name)) if value
                      for word in (f"--{flag}", str(value)))
     text = "\n".join([
-        "# Loader speed", "", about(f"python -m benchmarks.loader_speed {words}".strip()), "",
+        "# Loader speed", "", about(f"python -m benchmarks.loader_speed {words} --rounds {settings.rounds}"), "",
         f"{len(table)} recordings of {seconds / len(table):.0f} s on average. Crops of {cache.config.window_seconds:g} s a second of one process's CPU time, "
-        f"medians of {settings.rounds} rounds in turn.", "",
+        f"medians of {settings.rounds} rounds in turn. Decoding all recordings into memory takes {speed['once']:.1f} s, once: not counted.", "",
         "| | crops a second | times load(offset, duration) | times load of the whole |", "|---|---|---|---|",
         *(f"| {title} | {speed[name]:,.0f} | {speed[name] / speed['librosa']:.1f} | {speed[name] / speed['whole']:.1f} |"
           for name, title in rows.items()), ""])

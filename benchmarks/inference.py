@@ -28,7 +28,6 @@ from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.machine import about
-from benchmarks.models import settle
 from src import audio, engines, plots, soundscapes, submission
 from src.config import AudioConfig
 from src.console import UserError, progress, say, stage
@@ -37,6 +36,7 @@ from src.engines import Engine
 from src.export import write_onnx
 from src.models import ModelSettings, create_model
 from src.models.asca import ACTIVATIONS, AscaSettings
+from src.network_cost import settle
 from src.settings import parse
 from src.storage import sha256, write_json, write_text
 

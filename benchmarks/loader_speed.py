@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -81,20 +81,14 @@ def loader(table: pd.DataFrame, cache: Cache, settings: LoaderSettings, waveform
     classes = tuple(sorted(set(table.primary_label)))
     crops = Crops(table, cache, *targets(table, classes), settings=replace(AugmentSettings(), waveform_probability=waveform_probability), noise=noise, seed=0)
     sampler = BalancedSampler(sampling_share(table, power=0.5, use_rating=False), settings.batch_size, 0)
+    sampler.epochs = range(10**9)
     return DataLoader(crops, batch_sampler=sampler, collate_fn=as_is, num_workers=0)
-
-
-def batches(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless: one epoch after the other."""
-    while True:
-        loader.batch_sampler.epoch += 1
-        yield from loader
 
 
 def measure(table: pd.DataFrame, cache: Cache, noise: Path, settings: LoaderSettings) -> dict[str, float]:
     """Crops a second: librosa in both ways, its decoding of 5 s alone, the loader from the cache, the loader with a quarter of waveforms."""
     config, rng = cache.config, np.random.default_rng(0)
-    streams = {"cache": batches(loader(table, cache, settings, 0.0, noise)), "waveform": batches(loader(table, cache, settings, 0.25, noise))}
+    streams = {"cache": iter(loader(table, cache, settings, 0.0, noise)), "waveform": iter(loader(table, cache, settings, 0.25, noise))}
     n_batches = {"cache": max(1, settings.crops // settings.batch_size), "waveform": max(1, settings.crops // settings.batch_size // 4)}
     speeds: dict[str, list[float]] = {name: [] for name in ("librosa", "whole", "decoding", *streams)}
     for round_ in progress(range(settings.rounds + 1), what="measuring", unit="round"):

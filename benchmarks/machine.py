@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import platform
 from datetime import date
-from pathlib import Path
+
+import torch
+
+from src.devices import device_name
 
 
-def about(command: str) -> str:
-    cpu = platform.processor() or "unknown CPU"
-    if Path("/proc/cpuinfo").exists():
-        names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    return f"`{command}`, {date.today().isoformat()}; {cpu}, {os.cpu_count()} cores, Python {platform.python_version()}."
+def about(command: str, device: torch.device | None = None) -> str:
+    """`device`: what computed, where it may be a GPU; then the card and its CUDA are named too."""
+    card = f"one {device_name(device)}, torch {torch.__version__}, CUDA {torch.version.cuda}; " if device is not None and device.type == "cuda" else ""
+    return f"`{command}`, {date.today().isoformat()}; {card}{device_name(torch.device('cpu'))}, {os.cpu_count()} cores, Python {platform.python_version()}."

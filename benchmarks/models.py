@@ -15,14 +15,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.machine import about
 from src.config import AudioConfig
 from src.console import UserError, progress, say, stage
 from src.export import assert_parity, write_onnx
 from src.models import MODELS, ModelSettings, create_model
+from src.network_cost import count_gmacs, made_log_mel, settle
 from src.settings import parse
 from src.storage import write_text
 
@@ -38,17 +37,6 @@ class ModelsSettings:
     """Of the training pass; onnxruntime is compared at 1, 3 and 8."""
 
 
-def settle(model: nn.Module, log_mel: Tensor) -> nn.Module:
-    """The model in eval mode with its batch norms' statistics taken from the input: without them a fresh network's logits
-    are about 0, and would agree however they are computed."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = None  # the plain mean over what is seen
-    with torch.no_grad():
-        model.train()(log_mel)
-    return model.eval()
-
-
 def unreached(model: nn.Module, log_mel: Tensor) -> list[str]:
     """The parameters that get no gradient. A branch whose last gain starts at zero (as in NFNets) passes none in the very first
     step, so what is all zero is set to 0.1."""
@@ -60,17 +48,10 @@ def unreached(model: nn.Module, log_mel: Tensor) -> list[str]:
     return [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
 
 
-def count_gmacs(model: nn.Module, log_mel: Tensor) -> float:
-    """Multiply-accumulates of one forward pass, in billions; attention as plain products, since the counter passes over the CPU's fused one."""
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(log_mel)
-    return counter.get_total_flops() / 2e9
-
-
 def measure(name: str, settings: ModelsSettings) -> tuple[str, bool]:
     """The model's line of the table, and whether all is as it should be."""
     audio = AudioConfig()
-    log_mel = torch.randn(8, 1, audio.n_mels, audio.window_frames, generator=torch.Generator().manual_seed(0)) * 20 - 50
+    log_mel = made_log_mel(8, audio)
     torch.manual_seed(0)
     model = create_model(name, settings.n_classes, audio, ModelSettings(input_side=settings.input_side, drop_path=0.0))
     parameters = sum(p.numel() for p in model.parameters())

@@ -1,10 +1,11 @@
 """The same network, recordings, folds and epochs: this project's trainer against the loop that one writes on a first evening.
 
-    python -m benchmarks.plain_loop --data DATA [--metadata FILE] [--noise DIR] [--fold 0 1] [--epochs 30] [--input-side 128]
+    python -m benchmarks.plain_loop --data DATA [--metadata FILE] [--noise DIR] [--folds FILE --cache DIR] [--fold 0 1] [--epochs 30] [--workers 8]
 
 The plain loop: a torch Dataset that decodes a random 5 s with librosa, log-mel in decibels, normalised and resized; a shuffled DataLoader,
-AdamW with a cosine, binary cross-entropy, timm's mixup where asked. Both make one crop of each training recording an epoch and score a
-held-out one by the mean over its consecutive windows. Writes benchmarks/results/plain_loop.md; finished folds are not trained again.
+AdamW with a cosine, binary cross-entropy, timm's mixup where asked; on a GPU bf16 autocast, pinned batches and cuDNN's search for its
+fastest kernels. Both make one crop of each training recording an epoch and score a held-out one by the mean over its consecutive windows.
+Speeds are medians over the epochs after the first, validation left out. Writes plain_loop.md; finished folds are not trained again.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.machine import about
 from benchmarks.real_birds import call, paired_gain
-from src import metrics
+from src import devices, metrics
 from src.cache import Cache
 from src.config import AudioConfig, differences
 from src.console import UserError, progress, say, stage
@@ -36,7 +37,6 @@ from src.evaluate import NAMES, read_oof
 from src.folds import read_folds
 from src.metadata import read_metadata, targets
 from src.models.torchvision_guard import import_timm
-from src.predict import Device, choose_device
 from src.settings import flatten, parse
 from src.storage import atomic, write_json, write_text
 
@@ -49,6 +49,8 @@ class PlainSettings:
     """Background noise for the trainer; the plain loop has none."""
     folds: Path | None = None
     """A fold table; by default made with src.folds."""
+    cache: Path | None = None
+    """A finished cache of the data; by default made with src.cache."""
     fold: tuple[int, ...] = (0, 1)
     run: Path = Path("runs/plain_loop")
     model: str = "efficientnet_b0"
@@ -61,11 +63,14 @@ class PlainSettings:
     drop_path: float = 0.2
     mixup_alpha: float = 0.0
     """The plain loop's, by timm's Mixup; 0: none."""
-    workers: int = 0
-    """Loader processes of both."""
+    workers: int = -1
+    """Loader processes of both; -1: as src.train's."""
     threads: int = 2
+    device: str = "auto"
+    """auto, cpu or cuda."""
     resamples: int = 1000
     """Of the paired bootstrap over recordings."""
+    results: Path = Path("benchmarks/results")
 
 
 class RandomCrops(Dataset):
@@ -94,13 +99,15 @@ def image(sound: np.ndarray, audio: AudioConfig, side: int) -> Tensor:
     return F.interpolate(torch.from_numpy(db)[None, None], size=(side, side), mode="bilinear", antialias=True)[0]
 
 
-def train_plainly(paths: list[str], labels: np.ndarray, n_classes: int, settings: PlainSettings, device: Device) -> tuple[nn.Module, float]:
-    """The trained network and the median over the epochs of crops a second."""
-    timm = import_timm()
+def train_plainly(paths: list[str], labels: np.ndarray, n_classes: int, settings: PlainSettings, device: torch.device) -> tuple[nn.Module, float]:
+    """The trained network and the median over the epochs after the first of crops a second."""
+    timm, on_gpu = import_timm(), device.type == "cuda"
     torch.manual_seed(0)
-    model = timm.create_model(settings.model, in_chans=1, num_classes=n_classes, drop_path_rate=settings.drop_path).to(device.torch)
+    torch.backends.cudnn.benchmark = True
+    model = timm.create_model(settings.model, in_chans=1, num_classes=n_classes, drop_path_rate=settings.drop_path).to(device)
+    workers = devices.loader_workers(settings.workers, on_gpu=on_gpu)
     loader = DataLoader(RandomCrops(paths, labels, settings.input_side), settings.batch_size, shuffle=True, drop_last=True,
-                        num_workers=settings.workers, persistent_workers=settings.workers > 0)
+                        num_workers=workers, persistent_workers=workers > 0, pin_memory=on_gpu)
     optimiser = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.epochs * len(loader))
     mixup = timm.data.Mixup(settings.mixup_alpha, prob=0.5, label_smoothing=0.0, num_classes=n_classes) if settings.mixup_alpha else None
@@ -109,20 +116,26 @@ def train_plainly(paths: list[str], labels: np.ndarray, n_classes: int, settings
         model.train()
         began = time.perf_counter()
         for images, classes in loader:
-            images, classes = images.to(device.torch), classes.to(device.torch)
+            images, classes = images.to(device, non_blocking=True), classes.to(device, non_blocking=True)
             images, target = mixup(images, classes) if mixup else (images, F.one_hot(classes, n_classes).float())
-            with device.autocast():
+            with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
                 loss = F.binary_cross_entropy_with_logits(model(images).float(), target)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             schedule.step()
+        loss.item()  # a GPU has finished only now
         speeds.append(len(loader) * settings.batch_size / (time.perf_counter() - began))
-    return model, float(np.median(speeds))
+    return model, after_the_first(speeds)
+
+
+def after_the_first(speeds: list[float]) -> float:
+    """The median; the first epoch warms up: imports, workers, kernels."""
+    return float(np.median(speeds[1:] or speeds))
 
 
 @torch.inference_mode()
-def predict_plainly(model: nn.Module, paths: list[str], settings: PlainSettings, device: Device) -> np.ndarray:
+def predict_plainly(model: nn.Module, paths: list[str], settings: PlainSettings, device: torch.device) -> np.ndarray:
     """(n, C) each recording's probability: the mean over the consecutive windows of its first minute, as many as the trainer's."""
     audio, rows = AudioConfig(), []
     n = round(audio.window_seconds * audio.sample_rate)
@@ -132,17 +145,17 @@ def predict_plainly(model: nn.Module, paths: list[str], settings: PlainSettings,
         if len(sound) > n:
             sound = np.pad(sound, (0, n))  # silence behind the last window
         windows = [image(sound[n * k : n * (k + 1)], audio, settings.input_side) for k in range(n_windows)]
-        with device.autocast():
-            rows.append(model.eval()(torch.stack(windows).to(device.torch)).float().sigmoid().mean(0).cpu().numpy())
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            rows.append(model.eval()(torch.stack(windows).to(device)).float().sigmoid().mean(0).cpu().numpy())
     return np.stack(rows)
 
 
 def train_with_the_trainer(fold: int, folds: Path, cache: Path, settings: PlainSettings) -> float:
-    """Trains the fold with src.train and returns the median over the epochs of the crops a second that it prints."""
+    """Trains the fold with src.train and returns the median over the epochs after the first of the crops a second that it prints."""
     words = [*inputs(settings), "--folds", folds, "--cache", cache, "--run", settings.run / "trainer", "--fold", fold, "--model", settings.model,
              "--input-side", settings.input_side, "--epochs", settings.epochs, "--batch-size", settings.batch_size, "--learning-rate", settings.learning_rate,
              "--weight-decay", settings.weight_decay, "--drop-path", settings.drop_path, "--workers", settings.workers, "--threads", settings.threads,
-             *(["--noise", settings.noise] if settings.noise else [])]
+             "--device", settings.device, *(["--noise", settings.noise] if settings.noise else [])]
     say(f"\n$ python -m src.train {' '.join(map(str, words))}")
     speeds = []
     with subprocess.Popen([sys.executable, "-m", "src.train", *map(str, words)], stdout=subprocess.PIPE, text=True) as trainer:
@@ -153,7 +166,7 @@ def train_with_the_trainer(fold: int, folds: Path, cache: Path, settings: PlainS
         raise UserError("src.train failed")
     if not speeds:
         raise UserError(f"{settings.run}/trainer/fold{fold} was finished before its speed was noted; remove {settings.run} and begin anew")
-    return float(np.median(speeds))
+    return after_the_first(speeds)
 
 
 def inputs(settings: PlainSettings) -> list[object]:
@@ -168,7 +181,7 @@ def one_fold(fold: int, table: pd.DataFrame, fold_of: dict[str, int], classes: t
     folder.mkdir(parents=True, exist_ok=True)
     trainer_speed = train_with_the_trainer(fold, folds, cache, settings)
     held_out = table.filename.map(fold_of) == fold
-    device = choose_device("auto", "auto")
+    device = devices.choose_device(settings.device)
     labels = table.primary_label.map({label: number for number, label in enumerate(classes)}).to_numpy()
     model, speed = train_plainly(table.path[~held_out].tolist(), labels[~held_out], len(classes), settings, device)
     oof = pd.DataFrame(predict_plainly(model, table.path[held_out].tolist(), settings, device), columns=list(classes))
@@ -182,15 +195,16 @@ def one_fold(fold: int, table: pd.DataFrame, fold_of: dict[str, int], classes: t
 
 def prepare(settings: PlainSettings) -> tuple[Path, Path]:
     """The fold table and the cache, made where they are missing. Raises UserError where the run folder holds other settings."""
-    given, file = json.loads(json.dumps(flatten(replace(settings, resamples=0, fold=())))), settings.run / "settings.json"
+    given, file = json.loads(json.dumps(flatten(replace(settings, resamples=0, fold=(), results=Path())))), settings.run / "settings.json"
     if file.exists() and (changed := differences(json.loads(file.read_text(encoding="utf-8")), given)):
         raise UserError(f"{settings.run} holds another comparison ({'; '.join(changed)}); name another --run")
     settings.run.mkdir(parents=True, exist_ok=True)
     write_json(file, given)
-    folds, cache = settings.folds or settings.run / "folds.csv", settings.run / "cache"
-    if not folds.exists():
+    folds, cache = settings.folds or settings.run / "folds.csv", settings.cache or settings.run / "cache"
+    if settings.folds is None:
         call("src.folds", *inputs(settings), "--out", folds)
-    call("src.cache", *inputs(settings), "--out", cache)
+    if settings.cache is None:
+        call("src.cache", *inputs(settings), "--out", cache)
     return folds, cache
 
 
@@ -201,6 +215,8 @@ def main(argv: list[str] | None = None) -> None:
     folds, cache = prepare(settings)
     metadata, fold_of = read_metadata((settings.data,), settings.metadata), read_folds(folds)
     table = metadata.table[metadata.table.filename.isin(Cache(cache).names)].reset_index(drop=True)
+    device = devices.choose_device(settings.device)
+    workers = devices.loader_workers(settings.workers, on_gpu=device.type == "cuda")
     say(f"{len(table)} recordings, {len(metadata.classes)} classes, folds {', '.join(map(str, settings.fold))}; {settings.threads} CPU threads")
     speeds = [one_fold(fold, table, fold_of, metadata.classes, folds, cache, settings) for fold in settings.fold]
     classes = list(metadata.classes)
@@ -214,15 +230,17 @@ def main(argv: list[str] | None = None) -> None:
     given = flatten(settings)
     words = " ".join(f"--{name.replace('_', '-')} {' '.join(map(str, given[name])) if name == 'fold' else given[name]}"
                      for name in ("fold", "model", "input_side", "epochs", "batch_size", "mixup_alpha", "workers", "threads"))
-    lines = ["# The trainer beside a plain loop", "", about(f"python -m benchmarks.plain_loop {words}"), "",
+    lines = ["# The trainer beside a plain loop", "", about(f"python -m benchmarks.plain_loop {words}", device), "",
              f"{len(ours)} held-out recordings of {len(classes)} classes; `{settings.model}` from scratch, {settings.epochs} epoch(s). "
              f"Trainer: its default augmentation{', background noise' if settings.noise else ''}. "
              f"Plain loop: librosa, shuffled, {'timm mixup' if settings.mixup_alpha else 'no augmentation'}. "
-             "Intervals: 95 % bootstraps over recordings; the gain's is paired.", "",
+             f"Both: batches of {settings.batch_size}, {workers or 'no'} loader process(es), {settings.threads} CPU thread(s), "
+             f"{'bf16' if device.type == 'cuda' else 'fp32'}. Intervals: 95 % bootstraps over recordings; the gain's is paired. "
+             "Crops a second: medians over the epochs after the first, mean of the folds.", "",
              "| | trainer | plain loop | gain |", "|---|---|---|---|",
              *(f"| {NAMES[key]} | {scores[key]} | {plain_scores[key]} | {gain.get(key, '')} |" for key in ("top1", "macro_ap", "macro_roc_auc", "padded_cmap")),
              f"| crops a second | {speed:.1f} | {plain_speed:.1f} | {speed / plain_speed:.2f} times |", ""]
-    write_text(Path("benchmarks/results/plain_loop.md"), "\n".join(lines))
+    write_text(settings.results / "plain_loop.md", "\n".join(lines))
     say("\n" + "\n".join(lines))
 
 

@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 STAGES = ("folds", "cache", "train", "evaluate", "export", "infer")
-AROUND = ("prepare", "distil", "bundle", "timeline", "demo")
+AROUND = ("prepare", "distil", "bundle", "timeline", "experiments", "demo")
 
 
 def first_line(module: str) -> str:
@@ -18,4 +18,4 @@ def first_line(module: str) -> str:
 if __name__ == "__main__":
     print("The stages, in their order (python -m src.<stage> --help lists a stage's settings):\n")
     for module in STAGES + AROUND:
-        print(f"  python -m src.{module:10s} {first_line(module)}")
+        print(f"  python -m src.{module:11s} {first_line(module)}")

@@ -41,6 +41,10 @@ class AugmentSettings:
     """Share of the crops that are rotated in time by a random number of frames."""
     filter_db: float = 0.0
     """A random smooth frequency response within -filter_db to filter_db on each crop; 0: off."""
+    stretch: float = 0.0
+    """A crop lasts up to 1 + stretch times as long, or as short, before it is brought to the window's length; 0: off."""
+    mel_shift_bins: int = 0
+    """The spectrogram is moved up or down by at most so many mel bins (above 1 kHz two of 128 are a semitone); 0: off."""
     spec_augment_probability: float = 0.5
     """Share of the crops that are masked."""
     frequency_masks: int = 2
@@ -63,7 +67,7 @@ class WaveformAugment:
     def __init__(self, settings: AugmentSettings, noise: Path | None, sample_rate: int) -> None:
         import audiomentations as A
 
-        self.sample_rate = sample_rate
+        self.made_from, self.sample_rate = (settings, noise, sample_rate), sample_rate
         chain: list = []
         if noise is not None:
             chain.append(_background_noise(noise, settings, sample_rate))
@@ -78,6 +82,9 @@ class WaveformAugment:
         if settings.pitch_probability:
             chain.append(A.PitchShift(min_semitones=-1, max_semitones=1, p=settings.pitch_probability))
         self.chain = A.Compose(chain)
+
+    def __reduce__(self) -> tuple:  # a spawned worker makes its own
+        return WaveformAugment, self.made_from
 
     def __call__(self, waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(n,) -> (n,) float32. The draws come from `rng` alone; Python's and numpy's global generators are restored."""
@@ -140,12 +147,19 @@ def roll(crop: np.ndarray, probability: float, rng: np.random.Generator) -> np.n
     return np.roll(crop, int(rng.integers(len(crop))), axis=0) if rng.random() < probability else crop
 
 
+def mel_shift(crop: np.ndarray, largest: int, rng: np.random.Generator) -> np.ndarray:
+    """(frames, n_mels) -> the same, moved along the mel axis by at most `largest` bins; the outermost bin fills what falls free."""
+    shift = int(rng.integers(-largest, largest + 1))
+    bins = (np.arange(crop.shape[1]) - shift).clip(0, crop.shape[1] - 1)
+    return crop.take(bins, axis=1)
+
+
 def random_filter(crop: np.ndarray, largest: float, rng: np.random.Generator) -> np.ndarray:
     """(frames, n_mels) uint8 -> the same through another microphone: a gain in steps of the cache's scale, linear between
     two to five mel bins (FilterAugment, Nam et al. 2022). Digital silence (0) stays silent."""
     knots = np.sort(rng.uniform(0, crop.shape[1], int(rng.integers(2, 6))))
-    gain = np.interp(np.arange(crop.shape[1]), knots, rng.uniform(-largest, largest, len(knots))).astype(np.float32)
-    return np.where(crop > 0, np.rint(crop + gain).clip(0, 255), 0).astype(np.uint8)
+    gain = np.rint(np.interp(np.arange(crop.shape[1]), knots, rng.uniform(-largest, largest, len(knots)))).astype(np.int16)
+    return (crop + gain).clip(0, 255).astype(np.uint8) * (crop > 0)
 
 
 class SpecAugment:
@@ -180,7 +194,7 @@ def draw_mixup(n: int, settings: AugmentSettings, rng: np.random.Generator) -> t
 def mix(log_mel: Tensor, target: Tensor, weight: Tensor, settings: AugmentSettings, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Mixup within the batch. Powers are added, as in the air (a mean of decibels would fade both songs); the targets
     are united or mixed in proportion; a class masked in either crop stays masked."""
-    partner, share = (torch.from_numpy(draw).to(log_mel.device) for draw in draw_mixup(len(log_mel), settings, rng))
+    partner, share = (torch.from_numpy(draw).to(log_mel.device, non_blocking=True) for draw in draw_mixup(len(log_mel), settings, rng))
     rows, image = share[:, None], share[:, None, None, None]
     bels = log_mel / 10
     other = torch.log10(1 - image + 1e-10) + bels[partner]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import torch
@@ -13,7 +15,7 @@ from torch.utils.data import Dataset, Sampler
 
 from . import audio
 from .audio import DamagedAudio
-from .augment import AugmentSettings, SpecAugment, WaveformAugment, random_filter, roll
+from .augment import AugmentSettings, SpecAugment, WaveformAugment, mel_shift, random_filter, roll
 from .cache import Cache
 from .config import AudioConfig
 
@@ -35,7 +37,9 @@ class Crops(Dataset):
         self.settings, self.seed = settings, seed
         self.spec_augment = SpecAugment(settings)
         self.waveform_augment = None
-        if settings.waveform_probability > 0 and (noise is not None or settings.gain_db):
+        # A gain alone is no reason to decode: the window's normalisation undoes it.
+        on_waveforms = noise is not None or settings.band_filter_probability or settings.gaussian_probability or settings.pitch_probability
+        if settings.waveform_probability > 0 and on_waveforms:
             self.waveform_augment = WaveformAugment(settings, noise, cache.config.sample_rate)
 
     def __len__(self) -> int:
@@ -54,29 +58,34 @@ class Crops(Dataset):
         """(window_frames, n_mels) uint8: the same for the same arguments, whatever the worker."""
         rng = np.random.default_rng((self.seed, epoch, place))
         name, n_window = self.names[row], self.cache.config.window_frames
+        if self.settings.stretch:
+            n_window = round(n_window * (1 + self.settings.stretch) ** rng.uniform(-1, 1))
         n_frames = self.cache.n_frames(name)
         starts = rng.integers(n_frames - n_window + 1 if n_frames >= n_window else n_frames, size=self.settings.crop_choices)
         start = int(starts[0] if len(starts) == 1 else max(starts, key=lambda at: self.cache.read(name, int(at), n_window).mean()))
         if self.waveform_augment is not None and rng.random() < self.settings.waveform_probability:
-            crop = self.waveform_crop(row, start, rng)
+            crop = self.waveform_crop(row, start, n_window, rng)
         elif n_frames >= n_window:
             crop = self.cache.read(name, start, n_window)
         else:
             crop = wrap(self.cache.read(name), start, n_window)
+        if self.settings.stretch:
+            crop = cv2.resize(crop, (self.cache.config.n_mels, self.cache.config.window_frames), interpolation=cv2.INTER_LINEAR)
+        if self.settings.mel_shift_bins:
+            crop = mel_shift(crop, self.settings.mel_shift_bins, rng)
         if self.settings.roll_probability:
             crop = roll(crop, self.settings.roll_probability, rng)
         if self.settings.filter_db:
             crop = random_filter(crop, self.settings.filter_db / self.cache.config.db_step, rng)
         return self.spec_augment(crop, rng)
 
-    def waveform_crop(self, row: int, start: int, rng: np.random.Generator | None) -> np.ndarray:
-        """The same window from the audio file, augmented before the log-mel (without `rng`: not augmented).
+    def waveform_crop(self, row: int, start: int, n_window: int, rng: np.random.Generator | None) -> np.ndarray:
+        """The same `n_window` frames from the audio file, augmented before the log-mel (without `rng`: not augmented).
 
         The stretch is read with half an n_fft of context on both sides and padded where the recording ends, so
         that its frames are the cache's own.
         """
-        config, n_window = self.cache.config, self.cache.config.window_frames
-        n_frames = self.cache.n_frames(self.names[row])
+        config, n_frames = self.cache.config, self.cache.n_frames(self.names[row])
         first, n = (start, n_window) if n_frames >= n_window else (0, n_frames)
         left = first * config.hop_length - config.n_fft // 2
         right = left + (n - 1) * config.hop_length + config.n_fft
@@ -99,24 +108,34 @@ def wrap(spectrogram: np.ndarray, start: int, n_frames: int) -> np.ndarray:
 class BalancedSampler(Sampler):
     """Parts of batches of keys; a recording is drawn with a probability in proportion to `share` (n,), with replacement.
 
-    An epoch is as many crops as there are recordings, to the nearest full batch. Everything follows from
-    (seed, epoch): set `epoch` before iterating. A batch is cut into `accumulate` parts for each process, so that
-    any number of processes and parts trains on the same crops.
+    An epoch is as many crops as there are recordings, or `n_crops`, to the nearest full batch, and follows from (seed, epoch).
+    Iterating goes through `epochs`, one after the other, so that loader processes work ahead into the next one. A batch is
+    cut into `accumulate` parts for each process, so that any number of processes and parts trains on the same crops.
     """
 
-    def __init__(self, share: np.ndarray, batch_size: int, seed: int, *, accumulate: int = 1, process: int = 0, processes: int = 1) -> None:
-        self.share, self.seed, self.epoch = share / share.sum(), seed, 0
+    def __init__(self, share: np.ndarray, batch_size: int, seed: int, *, n_crops: int | None = None, accumulate: int = 1, process: int = 0,
+                 processes: int = 1) -> None:
+        n_crops = n_crops or len(share)
+        self.share, self.seed, self.epochs = share / share.sum(), seed, range(1)
         self.parts, self.first, self.per_batch = processes * accumulate, process * accumulate, accumulate
-        self.batch_size = max(1, min(batch_size, len(share)) // self.parts) * self.parts
-        self.n_batches = max(1, round(len(share) / self.batch_size))
+        self.batch_size = max(1, min(batch_size, n_crops) // self.parts) * self.parts
+        self.n_batches = max(1, round(n_crops / self.batch_size))
 
-    def __len__(self) -> int:
+    @property
+    def parts_per_epoch(self) -> int:
         return self.n_batches * self.per_batch
 
+    def __len__(self) -> int:
+        return len(self.epochs) * self.parts_per_epoch
+
     def __iter__(self) -> Iterator[list[Key]]:
-        rng = np.random.default_rng((self.seed, self.epoch))
+        for epoch in self.epochs:
+            yield from self._epoch(epoch)
+
+    def _epoch(self, epoch: int) -> Iterator[list[Key]]:
+        rng = np.random.default_rng((self.seed, epoch))
         rows = rng.choice(len(self.share), self.n_batches * self.batch_size, p=self.share)
-        keys = [(self.epoch, place, int(row)) for place, row in enumerate(rows)]
+        keys = [(epoch, place, int(row)) for place, row in enumerate(rows)]
         for first in range(0, len(keys), self.batch_size):
             for part in range(self.first, self.first + self.per_batch):
                 yield keys[first + part : first + self.batch_size : self.parts]
@@ -130,6 +149,18 @@ def sampling_share(table: pd.DataFrame, *, power: float, use_rating: bool) -> np
         rating = table.rating.where(table.rating > 0)
         share = share * (rating.fillna(rating.mean()).fillna(5.0) / 5.0).to_numpy()
     return share
+
+
+def nested_share(table: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
+    """The rows of a stratified share: of each species the nearest number of recordings, at least one.
+
+    A species' recordings stand in an order that (seed, filename) alone gives, and a share takes the first of them: a smaller share lies
+    within a larger one, and a recording has the same place in every fold.
+    """
+    order = table.filename.map(lambda name: hashlib.sha256(f"{seed} {name}".encode()).hexdigest())
+    species = order.groupby(table.primary_label)
+    kept = species.rank(method="first") <= np.maximum(1, (share * species.transform("size")).round())
+    return table[kept].reset_index(drop=True)
 
 
 class HeldOutWindows(Dataset):

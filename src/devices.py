@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .console import UserError
 from .models.torchvision_guard import import_timm
@@ -27,7 +30,7 @@ def start(*, device: str, precision: str, accumulate: int, threads: int):
 
     Raises UserError for a device that is not there, or cannot compute in this precision.
     """
-    chosen = _choose_device(device)
+    chosen = choose_device(device)
     if precision == "auto":
         precision = "fp32" if chosen.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     if precision == "fp16" and chosen.type == "cpu":
@@ -40,12 +43,24 @@ def start(*, device: str, precision: str, accumulate: int, threads: int):
     AcceleratorState._reset_state()  # a second training in this process may choose another precision
     accelerator = Accelerator(cpu=chosen.type == "cpu", mixed_precision="no" if precision == "fp32" else precision,
                               gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate, sync_with_dataloader=False))
+    torch.backends.cudnn.benchmark = True  # every batch has the same shape
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // here))
     return accelerator
 
 
-def _choose_device(name: str) -> torch.device:
+def device_name(device: torch.device) -> str:
+    """The GPU's own name, or the CPU's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if Path("/proc/cpuinfo").exists():
+        names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        return next(iter(names), platform.machine())
+    return platform.processor() or platform.machine()
+
+
+def choose_device(name: str) -> torch.device:
+    """auto: a GPU where there is one. Raises UserError for a device that cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -56,3 +71,23 @@ def _choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} is not usable: {str(error).splitlines()[0]}") from error
     return device
+
+
+def loader_workers(wanted: int, *, on_gpu: bool, processes: int = 1) -> int:
+    """Loader processes of each training process: what is wanted, or where that is -1 none on a CPU, one a core (at most 16) beside a GPU."""
+    return wanted if wanted >= 0 else min(16, max(1, (os.cpu_count() or 1) // processes)) if on_gpu else 0
+
+
+class Later:
+    """A device's number on its way to the host. `value` waits for what was queued before it alone: a GPU goes on with what came after."""
+
+    def __init__(self, number: Tensor) -> None:
+        self._number = number.detach().to("cpu", non_blocking=True)  # from a GPU: into pinned memory
+        self._there = torch.cuda.Event() if number.is_cuda else None
+        if self._there:
+            self._there.record()
+
+    def value(self) -> float:
+        if self._there:
+            self._there.synchronize()
+        return self._number.item()

@@ -64,7 +64,7 @@ def out_of_fold(run: Path, data: tuple[Path, ...], metadata: Path | None) -> tup
         raise UserError(f"{run} holds no finished fold; train one with python -m src.train --run {run}")
     configs = [read_config(folder) for folder in folders]
     for folder, config in zip(folders[1:], configs[1:]):
-        changed = differences(comparable(configs[0]), comparable(config))
+        changed = differences(comparable(configs[0], between_folds=True), comparable(config, between_folds=True))
         if changed:
             raise UserError(f"{folders[0]} and {folder} were trained with different settings: {'; '.join(changed)}")
     config = configs[0]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,10 @@ from .augment import mix
 from .cache import Cache
 from .checkpoint import load_tensors, optimiser_tensors, restore_optimiser, save_tensors
 from .console import UserError, progress, say
-from .dataset import BalancedSampler, Crops, HeldOutWindows, as_is, sampling_share, to_log_mel
+from .cuda_graphs import replayed
+from .dataset import BalancedSampler, Crops, HeldOutWindows, as_is, nested_share, sampling_share, to_log_mel
+from .devices import Later, device_name, loader_workers
+from .initialise import initialise
 from .losses import multi_label_loss
 from .metadata import Metadata, targets
 from .models import create_model
@@ -28,10 +32,12 @@ from .predict import predict
 from .run_config import versions
 from .settings import flatten
 from .soft_labels import blend, read_soft_labels
-from .storage import atomic, sha256, write_text
+from .storage import atomic, sha256, write_json, write_text
 from .train_settings import TrainSettings
+from .weight_noise import WeightNoise
 
 GOLDEN_WINDOWS = 16  # held-out windows kept beside the weights: the export is checked on them
+SECONDS_BETWEEN_CURVES = 20.0  # drawing them takes a third of one
 
 
 class Diverged(UserError):
@@ -50,24 +56,33 @@ class FoldTraining:
         soft = read_soft_labels(settings.soft_labels, metadata, folds) if settings.soft_labels else None
         known = self.training.primary_label.ne("") | self.training.filename.isin([] if soft is None else soft.index)
         self.training = self.training[known].reset_index(drop=True)
+        n_crops = len(self.training)
+        self.training = nested_share(self.training, settings.train_share, settings.seed)
         target, weight = targets(self.training, self.classes, settings.secondary_labels, settings.secondary_weight)
         self.prior = target[self.training.primary_label != ""].mean(axis=0).clip(1e-6, 1 - 1e-6)
         if soft is not None:
             target, weight = blend(self.training, target, weight, soft, settings.soft_weight)
         self.crops = Crops(self.training, cache, target, weight, settings=settings.augment, noise=settings.noise, seed=settings.seed)
         share = sampling_share(self.training, power=settings.sampling_power, use_rating=settings.use_rating)
-        self.sampler = BalancedSampler(share, settings.batch_size, settings.seed, accumulate=settings.accumulate,
+        self.sampler = BalancedSampler(share, settings.batch_size, settings.seed, n_crops=n_crops, accumulate=settings.accumulate,
                                        process=accelerator.process_index, processes=accelerator.num_processes)
         torch.manual_seed(settings.seed)
         self.model = create_model(settings.model, len(self.classes), cache.config, settings.network)
+        begun = initialise(self.model, settings, fold=fold, classes=self.classes, audio=cache.config,
+                           held_out=self.held_out.filename) if settings.init else None
         self.model.to(accelerator.device, memory_format=torch.channels_last)
+        self.weight_noise = WeightNoise(self.model, settings.weight_noise)
         self.ema = moving_average(self.model, settings.ema_decay)
         self.kept = self.ema.module if self.ema else self.model  # what is scored, and kept in the end
         self.network, self.optimiser = accelerator.prepare(self.model, optimiser_for(self.model, settings))
         self.compute = torch.compile(self.network) if settings.compile else self.network
         self.history: list[dict] = []
+        self.seconds: list[float] = []  # of each epoch's training, on the processes' devices
+        self.saved = time.perf_counter()
+        self.drawn = time.monotonic()  # when the curves were
         self.config = {"settings": flatten(replace(settings, restart=False)) | {"fold": [str(fold)]}, "audio": cache.config.to_dict(),
                        "classes": list(self.classes), "soft_labels_sha256": sha256(settings.soft_labels) if settings.soft_labels else None,
+                       "init": begun,
                        "prior": [float(f"{p:.6g}") for p in self.prior],
                        "recordings": {"training": len(self.training), "held_out": len(self.held_out)},
                        "processes": accelerator.num_processes, "versions": versions()}
@@ -79,28 +94,31 @@ class FoldTraining:
         if self.ema:
             tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.module.state_dict().items()}
         scaler = self.accelerator.scaler
-        save_tensors(self.folder / "checkpoint.safetensors", tensors, {"history": self.history, "scaler": scaler.state_dict() if scaler else {}})
+        save_tensors(self.folder / "checkpoint.safetensors", tensors,
+                     {"history": self.history, "seconds": self.seconds, "scaler": scaler.state_dict() if scaler else {}})
+        self.saved = time.perf_counter()
 
     def resume(self) -> None:
         tensors, facts = load_tensors(self.folder / "checkpoint.safetensors")
         for prefix, module in {"model.": self.model, **({"ema.": self.ema.module} if self.ema else {})}.items():
             module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)})
         restore_optimiser(self.optimiser.optimizer, tensors)
-        self.history = facts["history"]
+        self.history, self.seconds = facts["history"], facts.get("seconds", [])
         if facts["scaler"]:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
 
-    def write_history(self) -> None:
+    def write_history(self, *, finished: bool = False) -> None:
         history = pd.DataFrame(self.history)
         with atomic(self.folder / "history.csv") as partial:
             history.to_csv(partial, index=False, float_format="%.9g", lineterminator="\n")
-        if len(history) % 5 == 0 or len(history) == self.settings.epochs:
+        if self.settings.pictures and (finished or time.monotonic() - self.drawn > SECONDS_BETWEEN_CURVES):
+            self.drawn = time.monotonic()
             plots.curves(self.folder / "curves.png", history, f"{self.settings.run.name}, fold {self.fold}")
 
     # ------------------------------------------------------------------------------------------------ training
 
     def run(self) -> None:
-        """Trains the epochs that are missing, saving after each; then finishes."""
+        """Trains the epochs that are missing, saving after each (or every `checkpoint_seconds`); then finishes."""
         main = self.accelerator.is_main_process
         if main:
             write_text(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
@@ -108,59 +126,76 @@ class FoldTraining:
             self.resume()
             say(f"fold {self.fold}: continuing after epoch {len(self.history)}")
         self.accelerator.wait_for_everyone()  # nobody saves before all have read
-        loader = self.loader() if len(self.history) < self.settings.epochs else None
-        for epoch in range(len(self.history), self.settings.epochs):
+        epochs = range(len(self.history), self.settings.epochs)
+        batches = iter(self.loader(epochs)) if epochs else iter(())
+        if epochs:
+            self.record()
+        for epoch in epochs:
             began = time.perf_counter()
-            loss = self.epoch(epoch, loader)
+            loss = self.epoch(epoch, batches)
             seconds = time.perf_counter() - began
             row = {"epoch": epoch + 1, "learning_rate": self.optimiser.param_groups[0]["lr"], "train_loss": loss, **self.validate()}
             self.history.append(row)
+            self.seconds.append(seconds)
             if main:
-                self.save()
+                if time.perf_counter() - self.saved >= self.settings.checkpoint_seconds:
+                    self.save()
                 self.write_history()
             say(f"fold {self.fold}, epoch {epoch + 1:3d}: loss {loss:.4f}, held out: loss {row['valid_loss']:.4f}, top-1 {row['valid_top1']:.3f}, "
-                f"macro AP {row['valid_macro_ap']:.3f}; {self.sampler.n_batches * self.sampler.batch_size / seconds:.0f} crops/s")
+                f"macro AP {row['valid_macro_ap']:.3f}; {self.sampler.n_batches * self.sampler.batch_size / seconds:.1f} crops/s")
         self.finish()
 
-    def loader(self) -> DataLoader:
-        workers, on_gpu = self.settings.workers, self.accelerator.device.type == "cuda"
-        if workers < 0:
-            workers = min(8, (os.cpu_count() or 1) // self.accelerator.num_processes) if on_gpu else 0
-        return DataLoader(self.crops, batch_sampler=self.sampler, collate_fn=as_is, num_workers=workers, pin_memory=on_gpu,
-                          persistent_workers=workers > 0)
+    def loader(self, epochs: range) -> DataLoader:
+        """The batches of all these epochs: the loader's processes work ahead while an epoch is validated and saved."""
+        self.sampler.epochs = epochs
+        on_gpu = self.accelerator.device.type == "cuda"
+        workers = loader_workers(self.settings.workers, on_gpu=on_gpu, processes=self.accelerator.num_processes)
+        return DataLoader(self.crops, batch_sampler=self.sampler, collate_fn=as_is, num_workers=workers, pin_memory=on_gpu)
 
-    def epoch(self, epoch: int, loader: DataLoader) -> float:
-        """Trains for one epoch and returns the mean loss. Every draw follows from (seed, epoch, step, process)."""
-        settings, accelerator, parts = self.settings, self.accelerator, self.settings.accumulate
-        self.sampler.epoch = epoch
-        process = accelerator.process_index
-        torch.manual_seed(int(np.random.SeedSequence((settings.seed, epoch, process)).generate_state(1)[0]))  # drop-path
+    def record(self) -> None:
+        """On one GPU: the network's passes as CUDA graphs, unless they are compiled or the flag says no."""
+        settings, accelerator, config = self.settings, self.accelerator, self.cache.config
+        if settings.cuda_graphs and not settings.compile and accelerator.device.type == "cuda" and accelerator.num_processes == 1:
+            crops = self.sampler.batch_size // settings.accumulate
+            replayed(self.network, torch.zeros(crops, 1, config.n_mels, config.window_frames, device=accelerator.device))
+
+    def epoch(self, epoch: int, batches: Iterator[dict[str, Tensor]]) -> float:
+        """Trains on the next epoch's batches and returns the mean loss. Every draw follows from (seed, epoch, part, process)."""
+        accelerator, n_parts = self.accelerator, self.sampler.parts_per_epoch
+        torch.manual_seed(int(np.random.SeedSequence((self.settings.seed, epoch, accelerator.process_index)).generate_state(1)[0]))  # drop-path, noise
         self.network.train()
         total, before = 0.0, None
-        with progress(loader, what=f"fold {self.fold}, epoch {epoch + 1}/{settings.epochs}", unit="batch") as bar:
+        with progress(islice(batches, n_parts), total=n_parts, what=f"fold {self.fold}, epoch {epoch + 1}/{self.settings.epochs}", unit="batch") as bar:
             for part, batch in enumerate(bar):
-                step = part // parts
-                rows, batch = batch["row"], {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-                log_mel = to_log_mel(batch["crop"], self.cache.config)
-                rng = np.random.default_rng((settings.seed, epoch, part, 1 + process))
-                log_mel, target, weight = mix(log_mel, batch["target"] * (1 - settings.label_smoothing), batch["weight"], settings.augment, rng)
-                if epoch == part == 0 and accelerator.is_main_process:
-                    self.draw_batch(log_mel, target)
-                with accelerator.accumulate(self.network):
-                    loss = multi_label_loss(self.compute(log_mel), target, weight, settings.loss)
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        self.update(epoch * self.sampler.n_batches + step)
-                # The value is read one part late: a GPU works on the next part while this process waits for it.
+                loss = self.learn(batch, epoch, part)
+                # The value is read one part late: a GPU works on this part while the process waits for the one before.
                 total += self.value_of(before)
-                before = (loss.detach(), epoch, step, rows)
-                crops = (part + 1) * len(rows) * accelerator.num_processes
+                before = (Later(loss), epoch, part // self.settings.accumulate, batch["row"])
+                crops = (part + 1) * len(batch["row"]) * accelerator.num_processes
                 bar.set_postfix(loss=f"{total / max(1, part):.4f}", crops_per_s=f"{crops / max(1e-9, bar.format_dict['elapsed']):.0f}", refresh=False)
         total += self.value_of(before)
-        return float(accelerator.reduce(torch.tensor(total, device=accelerator.device), "mean")) / len(self.sampler)
+        return float(accelerator.reduce(torch.tensor(total, device=accelerator.device), "mean")) / n_parts
+
+    def learn(self, batch: dict[str, Tensor], epoch: int, part: int) -> Tensor:
+        """Forward and backward pass over a part, with the optimiser's step behind a batch's last one; the loss, on the device.
+        Nothing here waits for a GPU."""
+        settings, accelerator = self.settings, self.accelerator
+        crop, target, weight = (batch[name].to(accelerator.device, non_blocking=True) for name in ("crop", "target", "weight"))
+        rng = np.random.default_rng((settings.seed, epoch, part, 1 + accelerator.process_index))
+        log_mel, target, weight = mix(to_log_mel(crop, self.cache.config), target * (1 - settings.label_smoothing), weight, settings.augment, rng)
+        if epoch == part == 0 and accelerator.is_main_process and settings.pictures:
+            self.draw_batch(log_mel, target)
+        self.weight_noise.add()
+        with accelerator.accumulate(self.network):
+            loss = multi_label_loss(self.compute(log_mel), target, weight, settings.loss)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                self.update(epoch * self.sampler.n_batches + part // settings.accumulate)
+        return loss
 
     def update(self, step: int) -> None:
         """One step of the optimiser, and of the moving average."""
+        self.weight_noise.remove()
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate_at(step, self.settings, self.sampler.n_batches)
         if self.settings.clip_gradient:
@@ -170,12 +205,12 @@ class FoldTraining:
         if self.ema:
             self.ema.update(self.model, step=step + 1)
 
-    def value_of(self, pending: tuple[Tensor, int, int, Tensor] | None) -> float:
+    def value_of(self, pending: tuple[Later, int, int, Tensor] | None) -> float:
         """A part's loss as a number. Raises Diverged, with the part's recordings, where it is none."""
         if pending is None:
             return 0.0
         loss, epoch, step, rows = pending
-        value = loss.item()
+        value = loss.value()
         if not math.isfinite(value):
             names = ", ".join(sorted(set(self.training.filename.iloc[rows.numpy()])))
             raise Diverged(f"the loss is {value} at epoch {epoch + 1}, step {step + 1}; nothing of this epoch is saved. Lower --learning-rate "
@@ -218,11 +253,12 @@ class FoldTraining:
         oof.insert(0, "filename", names)
         if not self.accelerator.is_main_process:
             return
-        self.write_history()
+        self.write_history(finished=True)
         with atomic(self.folder / "oof.csv") as partial:
             oof.to_csv(partial, index=False, float_format="%.9g", lineterminator="\n")
         windows = HeldOutWindows(names[:GOLDEN_WINDOWS], self.cache, only_first=True)
         golden = torch.stack([windows[item][0] for item in range(len(windows))])
+        write_json(self.folder / "timing.json", {"device": device_name(self.accelerator.device), "seconds": self.seconds})
         save_tensors(self.folder / "golden_windows.safetensors", {"windows": golden}, {})
         save_tensors(self.folder / "weights.safetensors", self.kept.state_dict(), {"model": self.settings.model})
         (self.folder / "checkpoint.safetensors").unlink(missing_ok=True)

@@ -177,6 +177,40 @@ def per_class_chart(path: Path, table: pd.DataFrame, heading: str) -> None:
     save(figure, path)
 
 
+def intervals(path: Path, panels: Sequence[tuple[str, Sequence[tuple[str, float, float, float]]]], heading: str) -> None:
+    """Panels side by side with the same lines from top to bottom: (name, value, low, high); NaN where there is none."""
+    names = [name for name, *_ in panels[0][1]]
+    figure = Figure(figsize=(2.2 + 3 * len(panels), 1.3 + 0.32 * len(names)), layout="constrained")
+    figure.suptitle(heading)
+    for axes, (title, points) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
+        value, low, high = np.array([point for _, *point in points], float).T
+        axes.errorbar(value, range(len(names)), xerr=np.nan_to_num([value - low, high - value]).clip(0), fmt="o", markersize=5, capsize=3)
+        axes.set_title(title, fontsize=10)
+        axes.grid(axis="x", alpha=0.3)
+    axes.set_yticks(range(len(names)), [plain(name, 40) for name in names])
+    axes.invert_yaxis()
+    save(figure, path)
+
+
+def lines(path: Path, panels: Sequence[tuple[str, dict[str, Sequence[tuple[float, float, float, float]]]]], x_label: str, heading: str) -> None:
+    """Panels side by side of lines with intervals: line -> (x, value, low, high)."""
+    figure = Figure(figsize=(1 + 4.2 * len(panels), 4.4), layout="constrained")
+    figure.suptitle(heading)
+    for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for number, (name, points) in enumerate(curves.items()):
+            x, value, low, high = np.array(points, float).T
+            shifted = x * 1.03**number  # so that intervals do not hide each other
+            axes.errorbar(shifted, value, yerr=np.nan_to_num([value - low, high - value]).clip(0), marker="o", markersize=4, capsize=3, label=plain(name, 40))
+        ticks = sorted({point[0] for points in curves.values() for point in points})
+        axes.set(title=title, xscale="log", xlabel=x_label)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        if len(curves) > 1:
+            axes.legend(fontsize=8)
+    save(figure, path)
+
+
 def timeline(path: Path, log_mel: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], config: AudioConfig, *,
              row_seconds: float, heading: str, truth: np.ndarray | None = None, n_species: int = 10) -> None:
     """Spectrogram above, the most likely species' probabilities below, and known presences (rows, classes) as outlines."""

@@ -12,13 +12,19 @@ import yaml
 from .console import UserError
 
 # Settings that may differ between a run and its continuation: where things are, and what executes them.
-ELSEWHERE = {"data", "folds", "cache", "run", "fold", "metadata", "noise", "device", "workers", "threads", "restart", "soft_labels"}
+ELSEWHERE = {"data", "folds", "cache", "run", "fold", "metadata", "noise", "device", "workers", "threads", "restart", "soft_labels", "init",
+             "checkpoint_seconds", "pictures", "cuda_graphs"}
 
 
-def comparable(config: dict) -> dict:
-    """What must be the same for a run to be continued, and for its folds to be evaluated together."""
+def comparable(config: dict, *, between_folds: bool = False) -> dict:
+    """What must be the same for a run to be continued, and for its folds to be evaluated together: each of them may have begun
+    from its own fold of another run, whose recipe is the same."""
+    init = config.get("init")
+    if init and init["recipe_sha256"] and between_folds:
+        init = {"recipe_sha256": init["recipe_sha256"]}
     settings = {key: value for key, value in config["settings"].items() if key not in ELSEWHERE}
-    return {"settings": settings, "audio": config["audio"], "classes": " ".join(config["classes"]), "soft_labels_sha256": config.get("soft_labels_sha256")}
+    return {"settings": settings, "audio": config["audio"], "classes": " ".join(config["classes"]),
+            "soft_labels_sha256": config.get("soft_labels_sha256"), "init": init}
 
 
 def read_config(folder: Path) -> dict:

@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     settings = parse(TrainSettings, argv, prog="python -m src.train", description=__doc__)
     if settings.batch_size < 1 or settings.accumulate < 1 or settings.epochs < 1:
         raise UserError("--batch-size, --accumulate and --epochs are at least 1")
+    if not 0 < settings.train_share <= 1:
+        raise UserError("--train-share is above 0 and at most 1")
     devices.keep_freed_memory()
     accelerator = devices.start(device=settings.device, precision=settings.precision, accumulate=settings.accumulate, threads=settings.threads)
     if settings.batch_size % (settings.accumulate * accelerator.num_processes):

@@ -26,6 +26,8 @@ class TrainSettings:
     noise: Path | None = None
     """A folder of background noise, mixed in on the waveform path."""
     model: str = "asca_nano"
+    init: Path | None = None
+    """Where the weights begin: a checkpoint file (.safetensors, .pth, .bin), or another run's folder; by default from scratch."""
     epochs: int = 30
     batch_size: int = 32
     """Crops of one optimiser step, over all processes."""
@@ -40,6 +42,8 @@ class TrainSettings:
     """The gradient's largest norm; 0: not clipped."""
     ema_decay: float = 0.0
     """Of the moving average of the weights, which is then what is scored and kept; it warms up from 0. 0: off."""
+    weight_noise: float = 0.0
+    """Gaussian noise on the weights while a step's gradient is computed, as a share of each tensor's root mean square (section 4.2). 0: off."""
     loss: Loss = "bce"
     label_smoothing: float = 0.0
     """A target of 1 becomes 1 - smoothing."""
@@ -57,15 +61,24 @@ class TrainSettings:
     """Of a soft label in a labelled recording's target; an unlabelled one's target is the soft label."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
+    cuda_graphs: bool = True
+    """On one GPU, record the network's passes once and replay them: small networks are otherwise bound by their launches."""
     compile: bool = False
     """torch.compile: minutes at the start, for long trainings on a GPU."""
+    train_share: float = 1.0
+    """Train on this share of the fold's training recordings: of each species, at least one; a smaller share lies within a larger one.
+    An epoch stays as many crops as all of them would be, so that any share trains for as many steps."""
     seed: int = 0
     device: str = "auto"
     """auto, cpu, cuda, or cuda:1; several at once by accelerate launch or torchrun."""
     workers: int = -1
-    """Loader processes; -1: none on a CPU, one a core (at most 8) beside a GPU."""
+    """Loader processes; -1: none on a CPU, one a core (at most 16) beside a GPU."""
     threads: int = 0
     """Of the CPU, for each process; 0: all cores, shared by the processes."""
+    pictures: bool = True
+    """Draw curves.png and first_batch.png: seconds a fold, many where the folds are many and short."""
+    checkpoint_seconds: float = 0.0
+    """Save the state only after an epoch that ends so long after the last save: for short epochs of large networks. 0: after every one."""
     restart: bool = False
     """Begin anew, also where the run folder holds other settings."""
     augment: AugmentSettings = field(default_factory=AugmentSettings)

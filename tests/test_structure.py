@@ -17,9 +17,10 @@ FLOORS = (
     {"console", "config", "storage", "settings", "competitions", "deadline"},
     {"audio", "metrics", "metadata", "submission", "plots", "checkpoint", "demo_data", "onnx_models", "run_config", "engines", "soundscapes",
      "scoring", "detections"},
-    {"prepare", "folds", "folds_audit", "cache", "augment", "dataset", "models", "predict", "mistakes", "losses", "devices",
-     "train_settings", "optimiser", "soft_labels"},
+    {"prepare", "folds", "folds_audit", "cache", "augment", "dataset", "models", "predict", "mistakes", "losses", "devices", "cuda_graphs",
+     "train_settings", "optimiser", "soft_labels", "initialise", "weight_noise"},
     {"train", "fold_training", "report", "evaluate", "export", "infer"},
+    {"network_cost", "paper_tables", "recipe_table", "experiment_results", "experiment_training", "experiment_report", "experiments"},
     {"precision", "timeline", "distil", "kaggle", "golden", "bundle", "explore", "demo", "__main__"},
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -30,12 +30,14 @@ def test_a_fold_leaves_all_its_files(run, fold_table):
     assert len(pd.read_csv(folder / "history.csv")) == 3
 
 
-def test_killed_and_run_again_equals_the_uninterrupted_run(tmp_path, run, train_flags):
-    flags = [*train_flags, "--run", str(tmp_path / "run"), "--workers", "1"]
-    folder, kills = tmp_path / "run/fold0", 0
-    for _ in range(8):  # killed after the first and after the second epoch's checkpoint, in the middle of the next
+@pytest.mark.parametrize("seconds", ["0", "1000"])
+def test_killed_and_run_again_equals_the_uninterrupted_run(tmp_path, run, train_flags, seconds):
+    flags = [*train_flags, "--run", str(tmp_path / "run"), "--workers", "1", "--checkpoint-seconds", seconds]
+    folder, kills, continued = tmp_path / "run/fold0", 0, ""
+    for _ in range(8):  # killed in the middle of the second and of the third epoch
         process = subprocess.Popen([sys.executable, "-m", "src.train", *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         for line in process.stdout:
+            continued += line * ("continuing after epoch" in line)
             if f"epoch   {kills + 1}:" in line and kills < 2:
                 time.sleep(0.05)
                 process.kill()
@@ -46,6 +48,7 @@ def test_killed_and_run_again_equals_the_uninterrupted_run(tmp_path, run, train_
             break
         assert not (folder / "weights.safetensors").exists()
     assert kills == 2 and process.returncode == 0
+    assert ("after epoch 1" in continued) == ("after epoch 2" in continued) == (seconds == "0")
     for name in SAME:
         assert (folder / name).read_bytes() == (run / "fold0" / name).read_bytes(), name
 

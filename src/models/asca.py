@@ -295,7 +295,7 @@ class ASCA(nn.Module):
         tokens = round(side / settings.attn_patch)  # a row of S4's tokens
         stride = 2 if settings.attn_patch == 32 else 1  # of S4
         self.stem = Stem(stem_widths, ACTIVATIONS[settings.activation])
-        rates = torch.linspace(0, drop_path, sum(depths)).split(depths)
+        rates = torch.linspace(0, drop_path, sum(depths), device="cpu").split(depths)
         width_in, stages = stem_widths[1], []
         for number, (kind, width) in enumerate(zip(settings.layout, widths)):
             last = number == 3

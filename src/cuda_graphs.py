@@ -1,0 +1,29 @@
+"""A network's forward and backward pass recorded once on a GPU and replayed: a small network is otherwise bound by its launches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .console import say
+
+
+def replayed(network: nn.Module, log_mel: Tensor) -> bool:
+    """Lets `network`, in training mode, replay CUDA graphs of both passes over inputs of `log_mel`'s shape
+    (torch.cuda.make_graphed_callables); in evaluation it works as before. Weights and running means stay as they are.
+
+    False, and nothing changed, where the network cannot be recorded.
+    """
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    network.train()
+    try:
+        torch.cuda.make_graphed_callables(network, (log_mel,))
+    except RuntimeError as error:
+        say(f"its steps cannot be recorded as CUDA graphs ({str(error).splitlines()[0]}); they are launched one by one")
+        return False
+    finally:
+        network.zero_grad(set_to_none=True)
+        with torch.no_grad():  # recording has run the network a few times: batch norm's running means have moved
+            for name, tensor in network.state_dict().items():
+                tensor.copy_(before[name])
+    return True

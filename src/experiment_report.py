@@ -1,0 +1,139 @@
+"""experiments.csv -> a table's Markdown, CSV and picture: means with intervals, paired differences, costs, the paper's own figures beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t
+
+from . import plots
+from .experiment_results import SPEED, Results, read_table, write_table
+from .metrics import NAMES
+from .paper_tables import Budget, Row, Table
+from .storage import write_text
+
+NONE = "–"
+SHOWN = ("top1", "macro_ap")  # the other metrics are in the CSV
+
+
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean and the bounds of its 95 % interval by Student's t; the bounds are NaN for fewer than two values."""
+    if not len(values):
+        return np.nan, np.nan, np.nan
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, np.nan, np.nan
+    half = float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    return mean, mean - half, mean + half
+
+
+def shown(estimate: Sequence[float], sign: str = "") -> str:
+    mean, low, high = estimate
+    if np.isnan(mean):
+        return NONE
+    return f"{mean:{sign}.3f}" + ("" if np.isnan(low) else f" ({low:{sign}.3f} to {high:{sign}.3f})")
+
+
+class DataTable:
+    """One data set's rows of a table."""
+
+    def __init__(self, table: Table, budget: Budget, data: str, results: Results, noisy: Collection[str], speeds: pd.DataFrame) -> None:
+        self.data, self.rows = data, table.of(data)
+        self.folds = sorted(set(results.table.fold[results.table.data == data]))[: budget.n_folds or None]
+        cells = [(seed, fold) for seed in budget.seeds for fold in self.folds]
+        self.found = {row.name: (of := results.of(data, row.key(data, noisy)))[of.index.isin(cells)] for row in self.rows}
+        self.n_cells = len(cells)
+        self.speeds = speeds.set_index("network").windows_per_second
+
+    def estimate(self, row: Row, metric: str) -> tuple[float, float, float]:
+        return interval(self.found[row.name][metric].dropna().to_numpy(float))
+
+    def difference(self, row: Row, metric: str) -> tuple[float, float, float]:
+        """This row minus the one it is compared with, over the folds and seeds that both have."""
+        if row.against == row.name or row.against not in self.found:
+            return interval(np.empty(0))
+        pair = self.found[row.name][metric].astype(float) - self.found[row.against][metric].astype(float)
+        return interval(pair.dropna().to_numpy())
+
+    def cost(self, row: Row) -> dict[str, float]:
+        found = self.found[row.name]
+        costs = {name: float(found[name].mean()) if len(found) else np.nan for name in ("parameters", "gmacs", "train_seconds")}
+        return costs | {"windows_per_second": float(self.speeds.get(row.network(), np.nan))}
+
+    def markdown(self, paper: dict[str, dict[str, float]]) -> list[str]:
+        columns = list(dict.fromkeys(name for figures in paper.values() for name in figures))
+        header = ["row", "trainings", *(f"{NAMES[metric]}{what}" for metric in SHOWN for what in ("", ", difference")), "parameters, M", "GMACs",
+                  "training, s a fold", "CPU windows/s", *([f"paper, mAP %: {' / '.join(columns)}"] if paper else [])]
+        lines = ["", f"## {self.data}", "", *("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header)))]
+        for row in self.rows:
+            cost, n = self.cost(row), len(self.found[row.name])
+            scores = [cell for metric in SHOWN for cell in (shown(self.estimate(row, metric)), shown(self.difference(row, metric), "+"))]
+            costs = [NONE if np.isnan(value) else f"{value:{form}}" for value, form in (
+                (cost["parameters"] / 1e6, ".2f"), (cost["gmacs"], ".2f"), (cost["train_seconds"], ".0f"), (cost["windows_per_second"], ".1f"))]
+            figures = [" / ".join(str(paper.get(row.name, {}).get(column, NONE)) for column in columns)] if paper else []
+            lines.append("| " + " | ".join([row.name, str(n) if n == self.n_cells else f"{n} of {self.n_cells}", *scores, *costs, *figures]) + " |")
+        return lines
+
+    def long(self) -> list[dict]:
+        return [{"data": self.data, "row": row.name, "metric": metric, "trainings": len(self.found[row.name]),
+                 **dict(zip(("mean", "low", "high"), self.estimate(row, metric))), "compared_with": row.against if row.against != row.name else "",
+                 **dict(zip(("difference", "difference_low", "difference_high"), self.difference(row, metric))), **self.cost(row)}
+                for row in self.rows for metric in NAMES]
+
+
+def write_report(table: Table, budget: Budget, names: Sequence[str], results: Results, noisy: Collection[str], folder: Path) -> None:
+    """Writes <folder>/<table>.md, .csv and .png from what experiments.csv holds; what is not trained yet is a dash."""
+    speeds = read_table(folder / "experiments_speed.csv", SPEED)
+    parts = [DataTable(table, budget, data, results, noisy, speeds) for data in names]
+    write_table(folder / f"{table.name}.csv", pd.DataFrame([row for part in parts for row in part.long()]))
+    heading = f"{table.title} ({budget.name} budget: {budget.side} x {budget.side}, {budget.epochs} epochs)"
+    draw(folder / f"{table.name}.png", table, parts, heading)
+    base = "ASCA" if all(row.against == "ASCA" for row in table.rows) else "ASCA (figure 2's baseline: minus ASCA at the same share)"
+    command = f"`python -m src.experiments {table.name} --budget {budget.name}`"
+    lines = [f"# {heading}", "", f"{command}. {setting(parts, budget, results, speeds)}", "", table.note, "",
+             "Top-1 and macro AP of the held-out recordings (a recording's probability is the mean over its windows): the mean over folds and seeds, and the "
+             "95 % interval of Student's t over them. Folds share training recordings and seeds share folds, so the intervals are rather too narrow. "
+             f"Difference: the row minus {base}, paired by fold and seed. Padded cmAP, LRAP and ROC-AUC are in [{table.name}.csv]({table.name}.csv). "
+             f"ASCA is `{budget.models[-1]}`."]
+    if table.paper:
+        lines += ["", "The paper's figures (its table of the same number, mAP) are for other data, sizes and a test set of its own: they show its ranking, "
+                  "not what these runs should reach."]
+    for part in parts:
+        lines += part.markdown(table.paper)
+    write_text(folder / f"{table.name}.md", "\n".join([*lines, "", f"![{table.title}]({table.name}.png)", ""]))
+
+
+def setting(parts: Sequence[DataTable], budget: Budget, results: Results, speeds: pd.DataFrame) -> str:
+    """One sentence or two: folds, seeds, where it was trained and measured."""
+    found = pd.concat([table for part in parts for table in part.found.values()])
+    if found.empty:
+        return "Nothing of it is trained yet."
+    folds = "; ".join(f"{part.data}: {len(part.folds)} folds" for part in parts)
+    devices = sorted(f"{device} ({jobs} trainings side by side)" for device, jobs in set(zip(found.device, found.jobs)))
+    networks = {row.network() for part in parts for row in part.rows}
+    cpus = sorted({f"{device}, {threads} threads" for network, _, threads, device in speeds.itertuples(index=False) if network in networks})
+    return (f"From scratch but where a row says otherwise; {folds}; seed{'s' if len(budget.seeds) > 1 else ''} {', '.join(map(str, budget.seeds))}. "
+            f"Trained on {', '.join(devices)} at commit {', '.join(sorted(set(found.commit)))}."
+            + (f" CPU windows a second: exported, onnxruntime float32, {'; '.join(cpus)}." if cpus else ""))
+
+
+def draw(path: Path, table: Table, parts: Sequence[DataTable], heading: str) -> None:
+    if table.x:
+        panels = []
+        for part in parts:
+            for metric in SHOWN:
+                curves: dict[str, list] = {}
+                for row in part.rows:
+                    if len(part.found[row.name]):
+                        curves.setdefault(row.line, []).append((row.x, *part.estimate(row, metric)))
+                panels.append((f"{part.data}: {NAMES[metric]}", curves))
+        plots.lines(path, panels, table.x, heading)
+        return
+    panels = [(f"{part.data}: {NAMES[metric]}", [(row.name, *part.estimate(row, metric)) for row in part.rows]) for part in parts for metric in SHOWN]
+    if table.paper:
+        panels.append(("the paper: BirdCLEF 2023, mAP %", [(row.name, table.paper.get(row.name, {}).get("BirdCLEF 2023", np.nan), np.nan, np.nan)
+                                                           for row in table.rows]))
+    plots.intervals(path, panels, heading)

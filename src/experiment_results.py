@@ -1,0 +1,81 @@
+"""experiments.csv: one row a trained fold, small enough to be committed and to be carried from one machine to another."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from .console import UserError
+from .metadata import read_csv
+from .metrics import NAMES
+from .storage import atomic
+
+COLUMNS = ["data", "split", "key", "row", "noise", "seed", "fold", "held_out", "training", *NAMES, "parameters", "gmacs", "train_seconds", "device", "jobs",
+           "network", "epochs", "input_side", "commit"]
+TEXTS = {"data", "split", "key", "row", "noise", "device", "network", "commit"}
+SPEED = ["network", "windows_per_second", "threads", "device"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is trained once, whichever tables ask for it."""
+
+    data: str
+    key: str
+    seed: int
+    fold: int
+
+
+def read_table(file: Path, columns: list[str]) -> pd.DataFrame:
+    """A table as `write_table` left it, its numbers as numbers; empty where there is none yet. Raises UserError for another table."""
+    if not file.exists():
+        return pd.DataFrame(columns=columns)
+    table = read_csv(file)
+    if table.columns.tolist() != columns:
+        raise UserError(f"{file} has other columns than {','.join(columns)}; move it away")
+    try:
+        return table.assign(**{name: pd.to_numeric(table[name]) for name in columns if name not in TEXTS})
+    except ValueError as error:
+        raise UserError(f"{file}: {error}; move it away, or delete the row") from error
+
+
+def write_table(file: Path, table: pd.DataFrame) -> None:
+    with atomic(file) as partial:
+        table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
+
+
+class Results:
+    """The file, read once and written whole after every row that is added."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "experiments.csv"
+        self.table = read_table(self.file, COLUMNS)
+
+    def add(self, row: dict) -> None:
+        """A row takes the place of an earlier one of the same cell."""
+        new = pd.DataFrame([row])[COLUMNS]
+        same = (self.table[["data", "key", "seed", "fold"]] == new[["data", "key", "seed", "fold"]].iloc[0]).all(axis=1)
+        self.table = pd.concat([self.table[~same], new], ignore_index=True) if len(self.table) else new
+        self.table = self.table.sort_values(["data", "row", "key", "seed", "fold"], ignore_index=True)
+        write_table(self.file, self.table)
+
+    def finished(self) -> set[Cell]:
+        return {Cell(*values) for values in self.table[["data", "key", "seed", "fold"]].itertuples(index=False, name=None)}
+
+    def check_split(self, data: str, split: str) -> None:
+        """Raises UserError where the file holds scores on another split of a data set of this name: means over both would mean nothing."""
+        other = set(self.table.split[self.table.data == data]) - {split}
+        if other:
+            raise UserError(f"{self.file} holds scores of another data set, split or audio recipe under the name {data}; "
+                            "give the folder another name, or name another --results")
+
+    def noisy(self) -> Collection[str]:
+        """The data sets that some training mixed with background noise."""
+        return set(self.table.data[self.table.noise == "True"])
+
+    def of(self, data: str, key: str) -> pd.DataFrame:
+        """A row's folds and seeds, by (seed, fold)."""
+        return self.table[(self.table.data == data) & (self.table.key == key)].set_index(["seed", "fold"]).sort_index()

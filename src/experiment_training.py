@@ -1,0 +1,102 @@
+"""One fold of an experiment in a worker process: trained by src.train, its output in a log, scored, its cost counted."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from . import metrics, train
+from .config import AudioConfig
+from .evaluate import read_oof, truth_of
+from .experiment_results import Cell
+from .metadata import read_metadata
+from .models import ModelSettings, create_model
+from .network_cost import count_gmacs, made_log_mel
+from .paper_tables import Row
+from .run_config import read_config
+
+
+@dataclass(frozen=True)
+class Job:
+    """A fold to train. Sent to a worker whole."""
+
+    cell: Cell
+    row: Row
+    run: Path
+    data: Path
+    split: str
+    noise: Path | None
+    argv: tuple[str, ...]  # of src.train
+    jobs: int  # side by side
+    needs: Job | None = None  # whose weights it begins with
+
+    @property
+    def folder(self) -> Path:
+        return self.run / f"fold{self.cell.fold}"
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "weights.safetensors"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.txt"
+
+
+def begin() -> None:
+    """A worker's first act: Ctrl-C is the main process's to handle, its death is this one's end, and a loader's processes start as usual here."""
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # not spawned because this one was
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def train_and_score(job: Job) -> dict | None:
+    """The job's row of experiments.csv, or None where the training failed and its log says why. Never raises."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with open(job.log, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
+            return score(job) if train.main(list(job.argv)) == 0 else None
+        except Exception:  # whatever it is costs this training alone
+            traceback.print_exc()
+            return None
+        finally:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # for the trainings beside this one
+
+
+def score(job: Job) -> dict:
+    config, settings = read_config(job.folder), job.row.settings()
+    table, metadata = read_oof(job.folder, config["classes"]), read_metadata([job.data])
+    found = metrics.score(truth_of(table.filename, metadata, config), table[config["classes"]].to_numpy(), resamples=0)
+    parameters, gmacs = cost(settings.model, len(config["classes"]), json.dumps(config["audio"]), settings.network)
+    timing = json.loads((job.folder / "timing.json").read_text(encoding="utf-8"))
+    cell = job.cell
+    return {"data": cell.data, "split": job.split, "key": cell.key, "row": job.row.name, "noise": str(job.noise is not None), "seed": cell.seed,
+            "fold": cell.fold, "held_out": len(table), "training": config["recordings"]["training"], **{name: found[name].value for name in metrics.NAMES},
+            "parameters": parameters, "gmacs": gmacs, "train_seconds": sum(timing["seconds"]), "device": timing["device"], "jobs": job.jobs,
+            "network": job.row.network(), "epochs": settings.epochs, "input_side": settings.network.input_side, "commit": config["versions"]["commit"]}
+
+
+@functools.cache
+def cost(model: str, n_classes: int, audio: str, network: ModelSettings) -> tuple[int, float]:
+    """Parameters, and GMACs of one window."""
+    config = AudioConfig.from_dict(audio)
+    made = create_model(model, n_classes, config, replace(network, drop_path=0.0)).eval()
+    return sum(p.numel() for p in made.parameters()), count_gmacs(made, made_log_mel(1, config))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,17 @@ from src import audio
 from src.console import say, stage
 from src.demo_data import RATE, SPECIES, noise, sing, write_audio
 from src.metadata import read_csv
+from src.settings import parse
 from src.storage import write_text
 
 N_GOOD, N_EACH, SECONDS, TIMEOUT = 8, 24, 12, 600  # the last: seconds after which a run counts as hung
+
+
+@dataclass(frozen=True)
+class MutationSettings:
+    seed: int = 0
+    """Of the damage."""
+    out: Path = Path("benchmarks/results/mutations.md")
 
 
 def flip(data: bytes, rng: np.random.Generator, n: int, first: int = 0, last: int | None = None) -> bytes:
@@ -118,7 +127,8 @@ def sounds_as(mutated: Path, origin: Path) -> bool:
 
 @stage
 def main(argv: list[str] | None = None) -> int:
-    rng = np.random.default_rng(0)
+    settings = parse(MutationSettings, argv, prog="python -m benchmarks.mutations", description=__doc__)
+    rng = np.random.default_rng(settings.seed)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         slow_model(root / "run/fold0", layers=1)
@@ -135,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     lines = [f"| {kind} | {row.listed} | {row.harmless} | {row.undetected} |" for kind, row in counts.iterrows()]
     total = counts.sum()
     text = "\n".join([
-        "# Mutated recordings", "", about("python -m benchmarks.mutations"), "",
+        "# Mutated recordings", "", about(f"python -m benchmarks.mutations --seed {settings.seed}"), "",
         f"{len(mutated)} mutated copies of {N_GOOD} soundscapes of {SECONDS} s and {len(broken) + len(valid)} odd files, scored in one folder with the good "
         "ones. Listed: named in the failures file with its cause. Harmless: decodes to the samples of the original. Undetected: decodes to as many "
         "samples as its header says, but to others (Vorbis and soundfile report nothing).", "",
@@ -145,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
         f"Broken odd files listed: {len(broken & listed)} of {len(broken)}; valid odd files (one sample, stereo, 44.1 kHz, WAV and MP3 "
         f"named .ogg) scored: {len(valid - listed)} of {len(valid)}.",
         ""])
-    write_text(Path("benchmarks/results/mutations.md"), text)
+    write_text(settings.out, text)
     say(text)
     return int(same < len(good) - 1 or bool(broken - listed) or bool(valid & listed))
 

@@ -9,12 +9,14 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import soundfile
 
-from . import demo_data, golden, kaggle
+from . import demo_data, engines, golden, kaggle
 from .console import UserError, say, stage
+from .engines import Engine
 from .onnx_models import find_models
 from .settings import parse
 from .storage import sha256, write_json, write_text
@@ -35,6 +37,8 @@ class BundleSettings:
     """The folder to upload; an older bundle there is replaced."""
     wheels: Path | None = None
     """Folder of wheels for Kaggle's Python; without it the command that downloads them is printed."""
+    precision: Literal["f32", "bf16", "int8"] = "f32"
+    """bf16, int8: computed by OpenVINO as src.precision accepted it here; the notebook falls back on f32 where Kaggle's processor cannot."""
     owner: str = "YOUR-KAGGLE-NAME"
     """Your user name on Kaggle."""
     title: str = "ASCA BirdCLEF"
@@ -58,8 +62,8 @@ def sources(package: Path, entries: tuple[str, ...]) -> list[str]:
     return sorted(f"{name}.py" for name in found)
 
 
-def write_models(runs: tuple[Path, ...], out: Path) -> None:
-    """Every fold's model.onnx and its digest; what is not exported yet is exported first."""
+def write_models(runs: tuple[Path, ...], out: Path, engine: Engine) -> None:
+    """Every fold's model.onnx, its digest and what a lossy precision needs beside it; what is not exported yet is exported first."""
     names = [run.resolve().name for run in runs]
     if not names:
         raise UserError("--run names no run")
@@ -67,10 +71,14 @@ def write_models(runs: tuple[Path, ...], out: Path) -> None:
         raise UserError(f"--run: two runs are named {max(names, key=names.count)}; rename one")
     for run, name in zip(runs, names):
         for model in find_models([run], threads=1):
-            folder = out / name / model.path.parent.name
-            folder.mkdir(parents=True)
-            for file in (model.path, model.path.with_name(model.path.name + ".sha256")):
-                shutil.copyfile(file, folder / file.name)
+            files = [model.path, model.path.with_name(model.path.name + ".sha256")]
+            if engine.lossy:
+                engines.require_verdict(model.path, engine)
+                files += engines.evidence(model.path, engine)
+            for file in files:
+                copy = out / name / file.relative_to(run)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
     find_models([out / name for name in names], threads=1)  # the copies open, and all know the same species
 
 
@@ -87,18 +95,20 @@ def write_golden(folder: Path, runs: list[str]) -> None:
     table.to_csv(folder / golden.SUBMISSION, float_format="%.9g", lineterminator="\n")
 
 
-def write_wheels(wheels: Path, out: Path) -> None:
+def write_wheels(wheels: Path, out: Path, engine: Engine) -> None:
     files = sorted(wheels.glob("*.whl"))
-    if not any(file.name.startswith("onnxruntime-") for file in files):
-        raise UserError(f"--wheels {wheels} holds no onnxruntime wheel; download it with: {download_command()}")
+    for start in ("onnxruntime-", *([f"openvino-{version('openvino')}-"] if engine.lossy else [])):  # a verdict holds for one version
+        if not any(file.name.startswith(start) for file in files):
+            raise UserError(f"--wheels {wheels} holds no wheel of {start[:-1]}; download it with: {download_command(engine)}")
     out.mkdir()
     for file in files:
         shutil.copyfile(file, out / file.name)
 
 
-def download_command() -> str:
-    return (f"pip download onnxruntime=={version('onnxruntime')} --python-version {KAGGLE_PYTHON} --only-binary=:all: "
-            f"--platform {PLATFORM} --no-deps -d input/wheels")
+def download_command(engine: Engine) -> str:
+    """Fetches what computes the models and Kaggle's image lacks."""
+    packages = " ".join(f"{name}=={version(name)}" for name in dict.fromkeys(("onnxruntime", engine.name)))
+    return f"pip download {packages} --python-version {KAGGLE_PYTHON} --only-binary=:all: --platform {PLATFORM} --no-deps -d input/wheels"
 
 
 def write_metadata(out: Path, settings: BundleSettings) -> None:
@@ -124,17 +134,26 @@ def write_manifest(out: Path) -> int:
     return len(names) + 1
 
 
-def build(settings: BundleSettings, out: Path) -> int:
+def choose_engine(precision: str) -> Engine:
+    """What the bundle asks for. This processor need not compute in bfloat16 itself. Raises UserError where OpenVINO is not installed."""
+    if precision == "f32":
+        return Engine()
+    engines.choose("openvino", "f32")
+    return Engine("openvino", precision)
+
+
+def build(settings: BundleSettings, engine: Engine, out: Path) -> int:
     """Fills the new folder `out` and returns the number of files to upload."""
     (out / "src").mkdir(parents=True)
     for name in sources(ROOT / "src", ENTRIES):
         shutil.copyfile(ROOT / "src" / name, out / "src" / name)
     shutil.copyfile(ROOT / "LICENSE", out / "LICENSE")
     shutil.copyfile(ROOT / "notebooks" / NOTEBOOK, out / NOTEBOOK)
-    write_models(settings.run, out / "runs")
+    write_models(settings.run, out / "runs", engine)
+    write_json(out / kaggle.SETTINGS, {"precision": settings.precision})
     write_golden(out / "golden", kaggle.runs(out))
     if settings.wheels:
-        write_wheels(settings.wheels, out / "wheels")
+        write_wheels(settings.wheels, out / "wheels", engine)
     write_metadata(out, settings)
     n_files = write_manifest(out)
     kaggle.verify(out)
@@ -158,13 +177,13 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--title {settings.title!r}: 6 to 39 ASCII letters, digits, spaces and hyphens (Kaggle takes 50 with \" submission\")")
     if not re.fullmatch(r"[A-Za-z0-9-]+", settings.owner):
         raise UserError(f"--owner {settings.owner!r} is no user name on Kaggle: letters, digits and hyphens")
-    out = settings.out
+    out, engine = settings.out, choose_engine(settings.precision)
     if out.is_file() or out.is_dir() and any(out.iterdir()) and not (out / kaggle.MANIFEST).exists():
         raise UserError(f"{out} is there and is no bundle; name another --out")
     partial = out.with_name(out.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        n_files = build(settings, partial)
+        n_files = build(settings, engine, partial)
         replace_folder(partial, out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
@@ -176,7 +195,8 @@ def main(argv: list[str] | None = None) -> None:
     if settings.owner == BundleSettings.owner:
         say("first name yourself: run this again with --owner <your user name on Kaggle>")
     if not settings.wheels:
-        say(f"without a wheel of onnxruntime, which Kaggle's image lacks: download it and run this again with --wheels input/wheels\n  {download_command()}")
+        say(f"without wheels: Kaggle's image lacks {'onnxruntime and OpenVINO' if engine.lossy else 'onnxruntime'}; download and run this again with "
+            f"--wheels input/wheels\n  {download_command(engine)}")
 
 
 if __name__ == "__main__":

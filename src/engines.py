@@ -83,6 +83,12 @@ def facts(model: Path, engine: Engine) -> dict[str, str]:
     return {"engine": str(engine), **{name: sha256(path) if path.exists() else "missing" for name, path in files.items()}}
 
 
+def evidence(model: Path, engine: Engine) -> list[Path]:
+    """The files beside a model that a lossy precision needs: the verdict, and for int8 the quantised model."""
+    xml = quantised_path(model)
+    return [verdict_path(model, engine), *([xml, xml.with_suffix(".bin")] if engine.precision == "int8" else [])]
+
+
 def require_verdict(model: Path, engine: Engine) -> None:
     """Raises UserError unless src.precision measured and accepted this model under this engine."""
     path = verdict_path(model, engine)

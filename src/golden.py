@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +19,8 @@ from .onnx_models import find_models
 SOUND, LOG_MEL, SUBMISSION = "sound.wav", "log_mel.npy", "submission.csv"
 LOG_MEL_BOUND = 0.01  # dB; librosa in double precision comes to within 0.001
 PROBABILITY_BOUND = 1e-4
+LOSSY_BOUND = 0.1  # of any probability, in bf16 or int8: a processor that gets it wrong is further off
+TRIAL_SECONDS = 300.0
 
 
 def compute(folder: Path, runs: Sequence[str]) -> tuple[np.ndarray, pd.DataFrame]:
@@ -41,3 +46,32 @@ def check(folder: Path, runs: Sequence[str]) -> None:
         raise UserError(f"{folder}: the golden example comes out differently here: log-mel by {decibels:.2g} dB (bound {LOG_MEL_BOUND}), probabilities "
                         f"by {probability:.2g} (bound {PROBABILITY_BOUND}); compare the printed versions with requirements.txt")
     say(f"golden example: log-mel within {decibels:.1e} dB, probabilities within {probability:.1e} of where the bundle was built")
+
+
+def precision(folder: Path, runs: Sequence[str], wanted: str) -> str:
+    """`wanted`, where this machine scores the example in it and comes to within LOSSY_BOUND of float32; else f32, after saying why.
+
+    The trial is a process of its own, so that neither a crash nor a hang of the engine ends the notebook.
+    """
+    if wanted == "f32":
+        return wanted
+    with tempfile.TemporaryDirectory() as out:
+        rows = Path(out) / SUBMISSION
+        command = [sys.executable, "-P", "-m", "src.infer", "--run", *runs, "--soundscapes", str(folder), "--out", str(rows), "--threads", "1",
+                   "--engine", "auto", "--precision", wanted]
+        this_code = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TRIAL_SECONDS, env=this_code)
+        except subprocess.TimeoutExpired:
+            fault = f"the golden example took longer than {TRIAL_SECONDS:g} s"
+        else:
+            last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+            fault = last if done.returncode else _distance(rows, folder / SUBMISSION)
+    say(f"float32 instead of {wanted}: {fault}" if fault else f"{wanted}: the golden example comes to within {LOSSY_BOUND} of float32's probabilities")
+    return "f32" if fault else wanted
+
+
+def _distance(rows: Path, expected: Path) -> str:
+    """What is wrong with rows of a lossy precision; empty where nothing is."""
+    change = float(np.abs(pd.read_csv(rows, index_col="row_id") - pd.read_csv(expected, index_col="row_id")).to_numpy().max())
+    return "" if change <= LOSSY_BOUND else f"it changes the golden example's probabilities by {change:.2g} (bound {LOSSY_BOUND})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import platform
 import re
@@ -17,8 +18,9 @@ from .console import UserError, say
 from .storage import sha256
 
 MANIFEST = "manifest.sha256"  # as sha256sum writes it
+SETTINGS = "settings.json"  # what src.bundle was told
 COMPETITION_MOUNTS = ("*", "competitions/*")  # below /kaggle/input: the older layout, the newer
-PACKAGES = ("numpy", "scipy", "pandas", "librosa", "soundfile", "soxr", "onnxruntime", "matplotlib", "tqdm", "filelock")
+PACKAGES = ("numpy", "scipy", "pandas", "librosa", "soundfile", "soxr", "onnxruntime", "openvino", "matplotlib", "tqdm", "filelock")
 
 
 def describe() -> None:
@@ -53,7 +55,11 @@ def verify(bundle: Path) -> None:
 
 
 def install_wheels(bundle: Path) -> None:
-    """Installs the bundle's wheels of packages that are absent, without a network; what is installed stays as it is."""
+    """Installs the bundle's wheels of packages that are absent, without a network; what is installed stays as it is.
+
+    Raises UserError where onnxruntime is missing in the end. Any other wheel that does not fit is named and left out: without OpenVINO
+    the models are computed in float32.
+    """
     for wheel in sorted((bundle / "wheels").glob("*.whl")):
         name = wheel.name.split("-")[0]
         if _version(name):
@@ -61,8 +67,12 @@ def install_wheels(bundle: Path) -> None:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", str(wheel)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"{wheel} cannot be installed here (Python {platform.python_version()}): {done.stderr.strip().splitlines()[0]}; "
-                            "download the wheel of this Python and build the bundle with it (src.bundle --wheels)")
+            failure = (f"{wheel} cannot be installed here (Python {platform.python_version()}): {(done.stderr.strip() or 'pip says nothing').splitlines()[0]}; "
+                       "download the wheel of this Python and build the bundle with it (src.bundle --wheels)")
+            if name == "onnxruntime":
+                raise UserError(failure)
+            say(f"left out: {failure}")
+            continue
         importlib.invalidate_caches()  # the kernel runs already
         say(f"installed {wheel.name}")
     if find_spec("onnxruntime") is None:
@@ -89,6 +99,11 @@ def find_soundscapes(competition: Path) -> Path:
         return folder
     say(f"{folder} is not mounted: going on with no soundscape at all, which makes a submission of the header alone")
     return Path(tempfile.mkdtemp(prefix="no_soundscapes_"))
+
+
+def precision(bundle: Path) -> str:
+    """What the bundle was built for, as `src.infer --precision` takes it."""
+    return json.loads((bundle / SETTINGS).read_text(encoding="utf-8"))["precision"]
 
 
 def runs(bundle: Path) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,10 @@ import pandas as pd
 import pytest
 from hypothesis import settings
 
-from src import bundle, cache, export, folds, train
+from src import bundle, cache, engines, export, folds, train
 from src.demo_data import RATE, SPECIES, noise, sing, write_audio
+from src.engines import Engine
+from src.storage import write_json
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no fault
 settings.load_profile("untimed")
@@ -82,6 +86,29 @@ def built(data: Path, run: Path) -> Path:
     out = data / "bundle"
     assert bundle.main(["--run", str(run), "--out", str(out), "--owner", "someone"]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def measured_run(data: Path, run: Path) -> Path:
+    """The run with an accepted verdict on bf16 and on int8; a model of float16 weights stands in for NNCF's of 8 bits: OpenVINO runs it as that."""
+    if importlib.util.find_spec("openvino") is None:
+        pytest.skip("OpenVINO, which is optional, is not installed: pip install -r requirements-openvino.txt")
+    out = Path(shutil.copytree(run, data / "measured/run"))
+    model = out / "fold0/model.onnx"
+    openvino = engines.openvino()
+    openvino.save_model(openvino.Core().read_model(model), engines.quantised_path(model), compress_to_fp16=True)
+    for precision in ("bf16", "int8"):
+        engine = Engine("openvino", precision)
+        write_json(engines.verdict_path(model, engine), {**engines.facts(model, engine), "macro_ap_change": 0.0, "accepted": True})
+    return out
+
+
+@pytest.fixture(scope="session")
+def built_lossy(data: Path, measured_run: Path) -> dict[str, Path]:
+    """Its bundles that ask for bf16 and for int8."""
+    for precision in ("bf16", "int8"):
+        assert bundle.main(["--run", str(measured_run), "--out", str(data / f"bundle-{precision}"), "--owner", "someone", "--precision", precision]) == 0
+    return {precision: data / f"bundle-{precision}" for precision in ("bf16", "int8")}
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from src import bundle, golden, infer, kaggle
+from src import bundle, engines, golden, infer, kaggle
 from src.console import UserError
+from src.engines import Engine
+from src.storage import write_json
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -39,7 +41,10 @@ def test_the_metadata_are_what_the_kaggle_command_takes(built):
     data, kernel = (json.loads((built / name).read_text()) for name in bundle.METADATA)
     assert data["id"] == "someone/asca-birdclef" and 6 <= len(data["title"]) <= 50 and len(data["licenses"]) == 1
     assert kernel["id"] == "someone/asca-birdclef-submission" and kernel["title"].lower().replace(" ", "-") == kernel["id"].split("/")[1]
-    assert bundle.download_command() in (bundle.ROOT / "README.md").read_text(), "the README names another onnxruntime than the one installed"
+    readme = (bundle.ROOT / "README.md").read_text()
+    assert bundle.download_command(Engine()) in readme, "the README names another onnxruntime than the one installed"
+    if importlib.util.find_spec("openvino"):
+        assert bundle.download_command(Engine("openvino", "bf16")) in readme
     assert kernel["dataset_sources"] == [data["id"]] and (built / kernel["code_file"]).exists() and kernel["enable_internet"] is False
 
 
@@ -93,6 +98,57 @@ def test_other_numbers_than_the_golden_example_s_are_refused(copy, spoil, messag
         golden.check(copy / "golden", kaggle.runs(copy))
 
 
+def test_a_lossy_precision_travels_with_its_verdict_and_is_tried_before_it_is_used(tmp_path, measured_run, built_lossy, soundscapes, capfd, monkeypatch):
+    at = Path(shutil.copytree(built_lossy["int8"], tmp_path / "bundle"))
+    kaggle.verify(at)
+    assert kaggle.precision(at) == "int8" and {"runs/run/fold0/model.openvino-int8.json", "runs/run/fold0/model.openvino-int8/model.bin"} <= set(contents(at))
+    assert not any("bf16" in name for name in contents(at))
+    model, engine, runs = at / "runs/run/fold0/model.onnx", Engine("openvino", "int8"), kaggle.runs(at)
+
+    def tried() -> tuple[str, str]:
+        found = golden.precision(at / "golden", runs, "int8")
+        return found, capfd.readouterr().out.splitlines()[-1]
+
+    assert tried()[0] == "int8"
+    flags = ["--soundscapes", str(soundscapes), "--threads", "1", "--engine", "auto"]
+    for out, run, precision in (("here", str(measured_run), "int8"), ("there", *runs, "int8"), ("exact", *runs, "f32")):
+        assert infer.main(["--run", run, *flags, "--precision", precision, "--out", str(tmp_path / f"{out}.csv")]) == 0
+    here, there, exact = ((tmp_path / f"{out}.csv").read_bytes() for out in ("here", "there", "exact"))
+    assert here == there != exact
+    with monkeypatch.context() as patch:
+        patch.setattr(golden, "TRIAL_SECONDS", 0.01)
+        assert tried() == ("f32", "float32 instead of int8: the golden example took longer than 0.01 s")
+    expected = pd.read_csv(at / "golden/submission.csv", index_col="row_id")
+    ((expected + 0.2) % 1).to_csv(at / "golden/submission.csv")
+    found, text = tried()
+    assert found == "f32" and "changes the golden example's probabilities by" in text
+    binary = engines.quantised_path(model).with_suffix(".bin")
+    binary.write_bytes(bytes(len(binary.read_bytes())))  # all zeros: the engine fails
+    found, text = tried()
+    assert found == "f32" and "is about another model or another version" in text
+    write_json(engines.verdict_path(model, engine), {**engines.facts(model, engine), "macro_ap_change": 0.0, "accepted": True})
+    assert tried()[0] == "f32"
+
+
+def test_a_processor_without_bfloat16_computes_in_float32_and_says_so(built_lossy, capfd):
+    at = built_lossy["bf16"]
+    able = engines.openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    found, text = golden.precision(at / "golden", kaggle.runs(at), kaggle.precision(at)), capfd.readouterr().out
+    assert found == ("bf16" if "BF16" in able else "f32")
+    assert "BF16" in able or "float32 instead of bf16: " in text and "this CPU does not compute in bfloat16" in text and text.count("\n") == 1
+
+
+def test_a_lossy_precision_is_bundled_with_an_accepted_verdict_and_its_wheel_only(tmp_path, run, measured_run, capsys):
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels/onnxruntime-9.9-py3-none-any.whl").write_bytes(b"")
+    base = ["--out", str(tmp_path / "b"), "--precision", "int8"]
+    for flags, message in ((["--run", str(run), *base], f"python -m src.precision --run {run} --precision int8"),
+                           (["--run", str(measured_run), *base, "--wheels", str(tmp_path / "wheels")], "holds no wheel of openvino-")):
+        assert bundle.main(flags) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
 def test_what_cannot_be_bundled_is_refused(tmp_path, run, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("all of it")
@@ -118,7 +174,7 @@ def test_a_wheel_is_installed_where_its_package_is_absent(tmp_path):
         file.writestr("onnxruntime-9.9.dist-info/METADATA", "Metadata-Version: 2.1\nName: onnxruntime\nVersion: 9.9\n")
         file.writestr("onnxruntime-9.9.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         file.writestr("onnxruntime-9.9.dist-info/RECORD", "")
-    bundle.write_wheels(tmp_path / "downloaded", wheel.parent)
+    bundle.write_wheels(tmp_path / "downloaded", wheel.parent, Engine())
     borrowed = tmp_path / "borrowed"  # the few packages that the code and pip's start need
     borrowed.mkdir()
     for name in ("pip", "tqdm", "filelock"):
@@ -130,9 +186,13 @@ def test_a_wheel_is_installed_where_its_package_is_absent(tmp_path):
     done = subprocess.run([python, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "installed onnxruntime-9.9-py3-none-any.whl\n"
-    wheel.rename(wheel.with_name("other-1.0-cp27-none-win32.whl"))
+    other = wheel.rename(wheel.with_name("openvino-1.0-cp27-none-win32.whl"))
     done = subprocess.run([python, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert "cannot be installed here" in done.stderr and "not a supported wheel" in done.stderr
+    assert done.returncode == 0 and done.stdout.count("left out: ") == 2 and "not a supported wheel" in done.stdout, "without OpenVINO float32 is left"
+    other.rename(wheel.with_name("onnxruntime-1.0-cp27-none-win32.whl"))
+    subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "onnxruntime"], env=env, check=True)
+    done = subprocess.run([python, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode and "cannot be installed here" in done.stderr and "not a supported wheel" in done.stderr
 
 
 @pytest.mark.parametrize("mount", ["birdclef-2023", "competitions/birdclef-2023"])

@@ -57,12 +57,12 @@ def test_notebooks_are_committed_bare_and_hold_no_logic(path):
     assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
 
 
-@pytest.mark.parametrize(("n", "competition", "bundle"), [
-    (0, "birdclef-2023", "asca-birdclef"), (1, "birdclef-2023", "datasets/someone/asca-birdclef"),
-    (3, "competitions/birdclef-2023", "datasets/someone/asca-birdclef")])
-def test_the_submission_notebook_runs_from_the_bundle_alone(tmp_path, built, n, competition, bundle):
+@pytest.mark.parametrize(("n", "competition", "bundle", "precision"), [
+    (0, "birdclef-2023", "asca-birdclef", "f32"), (1, "birdclef-2023", "datasets/someone/asca-birdclef", "bf16"),
+    (3, "competitions/birdclef-2023", "datasets/someone/asca-birdclef", "int8")])
+def test_the_submission_notebook_runs_from_the_bundle_alone(tmp_path, request, n, competition, bundle, precision):
     data, at, working = tmp_path / "input" / competition, tmp_path / "input" / bundle, tmp_path / "working"
-    shutil.copytree(built, at)
+    shutil.copytree(request.getfixturevalue("built") if precision == "f32" else request.getfixturevalue("built_lossy")[precision], at)
     working.mkdir()
     (data / "test_soundscapes").mkdir(parents=True)
     (data / "test_soundscapes/readme.txt").write_text("the hidden soundscapes are mounted when the notebook is scored")
@@ -74,6 +74,8 @@ def test_the_submission_notebook_runs_from_the_bundle_alone(tmp_path, built, n, 
     assert table.columns.tolist() == ["row_id", "demowl1", "demcuc1", "demdov1"]
     assert table.row_id.tolist() == [f"soundscape_{k}_{5 * row}" for k in range(n) for row in range(1, 3 + k)]
     assert "golden example: log-mel within" in text and "submission.csv: valid" in text and f"competition {data}\n" in text and f"bundle {at}\n" in text
+    assert precision != "int8" or "int8: the golden example comes to within" in text and text.count(", int8\n") == 1, "the submission is OpenVINO's"
+    assert precision != "bf16" or "bf16: the golden example comes to within" in text or "float32 instead of bf16: " in text
     shown = pictures(notebook)
     assert len(shown) == min(n, 1) and all(picture[..., :3].std() > 0.1 for picture in shown)
     if n == 3 and not network_can_be_taken_away():

@@ -1,6 +1,7 @@
 """The house: imports point down, the README shows the tree as it is, a full disk leaves nothing half-written."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -70,6 +71,15 @@ def test_readme_s_tree_names_every_file_and_no_other():
         str(p.relative_to(ROOT)) for p in (ROOT / "src/recipes").glob("*.yaml")}
     unnamed = {path for path in sources if not path.endswith("__init__.py")} - named
     assert not unnamed, f"the README's tree lacks {sorted(unnamed)}"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "__init__"))
+def test_every_benchmark_is_imported_and_tells_its_settings(name, capsys):
+    module = importlib.import_module(f"benchmarks.{name}")
+    if hasattr(module, "main"):
+        with pytest.raises(SystemExit) as ended:
+            module.main(["--help"])
+        assert not ended.value.code and f"usage: python -m benchmarks.{name}" in capsys.readouterr().out
 
 
 def test_the_stages_are_printed_in_order():

@@ -43,7 +43,7 @@ N_CLASSES = 264  # of the networks whose speed is measured: BirdCLEF 2023's
 @dataclass(frozen=True)
 class ExperimentSettings:
     tables: tyro.conf.Positional[tuple[Literal["table1", "table2", "figure2", "figure3", "section42", "recipe", "all"], ...]] = ()
-    """Which of the paper's tables and figures; recipe: what each step of the default recipe is worth."""
+    """Which of the paper's tables and figures; all: all of these; recipe: what each step of the default recipe is worth."""
     data: tuple[Path, ...] = ()
     """Data sets in BirdCLEF's layout. Their folds are <data>/folds.csv, else made once by src.folds; so are their caches by src.cache."""
     noise: tuple[str, ...] = ()
@@ -266,7 +266,7 @@ def completed(settings: ExperimentSettings) -> ExperimentSettings:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
     cores = os.cpu_count() or 1
     jobs = settings.jobs or max(1, min(8, cores if device == "cpu" else cores // 2))
-    return replace(settings, device=device, jobs=jobs, tables=tuple(TABLES) if "all" in settings.tables else settings.tables)
+    return replace(settings, device=device, jobs=jobs, tables=tuple(PAPER) if "all" in settings.tables else settings.tables)
 
 
 def only(table: Table, models: set[str]) -> Table:

@@ -25,8 +25,9 @@ SHARES = (0.1, 0.25, 0.5, 1.0)
 PATCHES = (7, 14, 16, 32)
 # name, flags that leave it out, and the setting that must differ from `off` for it to be on at all
 AUGMENTATIONS = (("mixup", "mixup_probability", 0.0), ("SpecAugment", "spec_augment_probability", 0.0), ("random gain", "gain_db", 0.0),
-                 ("random filters", "filter_db", 0.0), ("time roll", "roll_probability", 0.0), ("band filters", "band_filter_probability", 0.0),
-                 ("white noise", "gaussian_probability", 0.0), ("pitch shift", "pitch_probability", 0.0), ("the loudest crop", "crop_choices", 1))
+                 ("random filters", "filter_db", 0.0), ("time roll", "roll_probability", 0.0), ("stretch", "stretch", 0.0), ("mel shift", "mel_shift_bins", 0),
+                 ("band filters", "band_filter_probability", 0.0), ("white noise", "gaussian_probability", 0.0), ("pitch shift", "pitch_probability", 0.0),
+                 ("the loudest crop", "crop_choices", 1))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from src.experiment_report import interval
 from src.experiment_results import Results
 from src.experiments import ExperimentSettings, Plan, Workers, open_data, train_all
 from src.metadata import read_metadata
-from src.paper_tables import BUDGETS, FULL, SMALL, TABLES, Row, read_flags
+from src.paper_tables import BUDGETS, FULL, PAPER, SMALL, Row, read_flags
 from src.run_config import read_config
 from tests.conftest import make_data
 
@@ -126,7 +126,7 @@ def test_pre_training_goes_before_and_what_fails_or_dies_costs_itself_alone(bird
     shutil.copytree(birds, tmp_path / "more")
     settings = ExperimentSettings(jobs=1, device="cpu", runs=tmp_path / "runs", cache=tmp_path / "cache", results=tmp_path / "results")
     data = {folder.name: open_data(settings, folder, None, 1) for folder in (birds, tmp_path / "more")}
-    table = TABLES["figure2"](replace(SMALL, side=64, epochs=1), list(data))
+    table = PAPER["figure2"](replace(SMALL, side=64, epochs=1), list(data))
     rows = tuple(row for row in table.rows if row.name in ("ASCA from more, 50%", "ASCA, 50%"))
     plan = Plan(settings, [replace(table, rows=tuple(replace(row, data="birds") if row.name == "ASCA, 50%" else row for row in rows))], data, (0,), set())
     tuned = next(job for job in plan.todo.values() if job.needs)
@@ -163,7 +163,7 @@ def test_shares_are_nested_stratified_and_keep_the_number_of_steps(birds):
 
 def test_rows_that_train_the_same_are_one_run_and_every_row_s_flags_are_known():
     for budget in BUDGETS.values():
-        tables = {name: make(budget, ["esc10", "birds"]) for name, make in TABLES.items()}
+        tables = {name: make(budget, ["esc10", "birds"]) for name, make in PAPER.items()}
         base = tables["table1"].rows[5].key("birds", {"birds"})
         for name, row in (("table2", "C-C-C-T (ASCA)"), ("figure2", "ASCA"), ("figure3", "32 x 32"), ("section42", "ASCA")):
             assert {one.name: one for one in tables[name].rows}[row].key("birds", {"birds"}) == base

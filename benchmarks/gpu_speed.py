@@ -127,14 +127,12 @@ def measure(model: str, peak: float, inputs: Inputs, accelerator, settings: Spee
     accelerator.free_memory()  # of the model before
     training = training_of(model, inputs, accelerator, settings)
     parameters = sum(p.numel() for p in training.model.parameters()) / 1e6
+    training.record()
     batch = next(iter(training.loader(range(1))))
     on_device = {name: tensor if name == "row" else tensor.to(device) for name, tensor in batch.items()}
-    training.record()
-    training.epoch(1, repeat(on_device))  # cuDNN's search takes memory, too
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    training.epoch(1, repeat(on_device))  # warms up
     alone = trained_per_second(training, repeat(on_device))
-    memory = f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f}" if device.type == "cuda" else "-"
+    memory = f"{torch.cuda.max_memory_reserved(device) / 2**30:.1f}" if device.type == "cuda" else "-"
     mixed = trained_per_second(training, iter(training.loader(EPOCHS)))
     training.crops.waveform_augment = None
     cached = trained_per_second(training, iter(training.loader(EPOCHS)))
@@ -155,6 +153,20 @@ def inputs_of(settings: SpeedSettings, root: Path, workers: int) -> Inputs:
     labels = sorted(set(table.primary_label))
     unheard = [f"class {number}" for number in range(settings.n_classes - len(labels))]
     return Inputs(Metadata(table[table.filename.isin(cache.names)].reset_index(drop=True), (*labels, *unheard)), cache, noise, root / "runs")
+
+
+def report(rows: list[str], peak: float, loader: str, accelerator, settings: SpeedSettings) -> str:
+    precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    words = " ".join(("--models", *settings.models, "--batch-size", str(settings.batch_size), "--steps", str(settings.steps), *["--compile"] * settings.compile,
+                      *["--search"] * settings.search))
+    lines = ["# Training speed", "", about(f"python -m benchmarks.gpu_speed {words}", accelerator.device), "",
+             f"Batches of {settings.batch_size}, {settings.input_side} x {settings.input_side}, {settings.n_classes} classes, "
+             f"{precision}{', torch.compile' * settings.compile}; epochs of {settings.steps} steps. Step alone: on a batch that lies on the device. "
+             "In brackets: against the step alone. Share of the peak: GMACs x 2 x 3 x crops a second, step alone, over the "
+             f"{peak:.3g} TFLOP/s of a {settings.matrix_side}-wide bf16 matrix product. {loader}.", "",
+             "| model | parameters, M | GMACs | step alone, crops/s | share of the bf16 peak | peak memory, GiB | trained from the cache, crops/s | "
+             "a quarter as waveforms, crops/s |", "|---|---|---|---|---|---|---|---|", *rows, ""]
+    return "\n".join(lines)
 
 
 @stage
@@ -182,18 +194,9 @@ def main(argv: list[str] | None = None) -> None:
         for model in settings.models:
             rows.append(measure(model, peak, inputs, accelerator, settings))
             say(f"{rows[-1]} ({time.perf_counter() - began:.0f} s)")
-    precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
-    words = " ".join(("--models", *settings.models, "--batch-size", str(settings.batch_size), "--steps", str(settings.steps), *["--compile"] * settings.compile,
-                      *["--search"] * settings.search))
-    lines = ["# Training speed", "", about(f"python -m benchmarks.gpu_speed {words}", device), "",
-             f"Batches of {settings.batch_size}, {settings.input_side} x {settings.input_side}, {settings.n_classes} classes, "
-             f"{precision}{', torch.compile' * settings.compile}; epochs of {settings.steps} steps. Step alone: on a batch that lies on the device. "
-             "In brackets: against the step alone. Share of the peak: GMACs x 2 x 3 x crops a second, step alone, over the "
-             f"{peak:.3g} TFLOP/s of a {settings.matrix_side}-wide bf16 matrix product. {loader}.", "",
-             "| model | parameters, M | GMACs | step alone, crops/s | share of the bf16 peak | peak memory, GiB | trained from the cache, crops/s | "
-             "a quarter as waveforms, crops/s |", "|---|---|---|---|---|---|---|---|", *rows, ""]
-    write_text(settings.results / "gpu_speed.md", "\n".join(lines))
-    say("\n" + "\n".join(lines) + f"\n{time.perf_counter() - began:.0f} s in all")
+            text = report(rows, peak, loader, accelerator, settings)
+            write_text(settings.results / "gpu_speed.md", text)  # after each model: time on a lent GPU may end
+    say(f"\n{text}\n{time.perf_counter() - began:.0f} s in all")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,10 @@ class DataTable:
     """One data set's rows of a table."""
 
     def __init__(self, table: Table, budget: Budget, data: str, results: Results, noisy: Collection[str], speeds: pd.DataFrame) -> None:
-        self.data, self.rows = data, [row for row in table.of(data) if row.noise or data in noisy]
+        named: dict[str, Row] = {}
+        for row in table.of(data):
+            named.setdefault(row.key(data, noisy), row)  # noise on or off is the same row where there is none
+        self.data, self.rows = data, list(named.values())
         self.folds = sorted(set(results.table.fold[results.table.data == data]))[: budget.n_folds or None]
         cells = [(seed, fold) for seed in budget.seeds for fold in self.folds]
         self.found = {row.name: (of := results.of(data, row.key(data, noisy)))[of.index.isin(cells)] for row in self.rows}

@@ -12,7 +12,7 @@ from scipy.stats import t
 from . import plots
 from .experiment_results import SPEED, Results, read_table, write_table
 from .metrics import NAMES
-from .paper_tables import Budget, Row, Table
+from .paper_tables import BUDGETS, Budget, Row, Table
 from .storage import write_text
 
 NONE = "–"
@@ -52,7 +52,7 @@ class DataTable:
         self.speeds = speeds.set_index("network").windows_per_second
 
     def estimate(self, row: Row, metric: str) -> tuple[float, float, float]:
-        mean, *bounds = interval(self.found[row.name][metric].dropna().to_numpy(float))
+        mean, *bounds = self.interval(self.found[row.name][metric])
         return mean, *np.clip(bounds, 0, 1).tolist()
 
     def difference(self, row: Row, metric: str) -> tuple[float, float, float]:
@@ -60,7 +60,13 @@ class DataTable:
         if row.against == row.name or row.against not in self.found:
             return interval(np.empty(0))
         pair = self.found[row.name][metric].astype(float) - self.found[row.against][metric].astype(float)
-        return interval(pair.dropna().to_numpy())
+        return self.interval(pair)
+
+    def interval(self, values: pd.Series) -> tuple[float, float, float]:
+        """Without bounds while trainings are missing: a few folds may agree by chance."""
+        values = values.dropna().to_numpy(float)
+        mean, *bounds = interval(values)
+        return mean, *(bounds if len(values) == self.n_cells else (np.nan, np.nan))
 
     def cost(self, row: Row) -> dict[str, float]:
         found = self.found[row.name]
@@ -88,19 +94,21 @@ class DataTable:
                 for row in self.rows for metric in NAMES]
 
 
-def write_report(table: Table, budget: Budget, names: Sequence[str], results: Results, noisy: Collection[str], folder: Path) -> None:
-    """Writes <folder>/<table>.md, .csv and .png from what experiments.csv holds; what is not trained yet is a dash."""
+def write_report(table: Table, budget: Budget, names: Sequence[str], results: Results, noisy: Collection[str], folder: Path) -> bool:
+    """Writes <folder>/<table>.md, .csv and .png from what experiments.csv holds; what is not trained yet is a dash. False: nothing of it is."""
     speeds = read_table(folder / "experiments_speed.csv", SPEED)
     parts = [DataTable(table, budget, data, results, noisy, speeds) for data in names]
+    if not any(len(found) for part in parts for found in part.found.values()):
+        return False
     write_table(folder / f"{table.name}.csv", pd.DataFrame([row for part in parts for row in part.long()]))
     heading = f"{table.title} ({budget.name} budget: {budget.side} x {budget.side}, {budget.epochs} epoch{'s' if budget.epochs > 1 else ''})"
     draw(folder / f"{table.name}.png", table, parts, heading)
     bases = sorted({row.against for row in table.rows})
     base = bases[0] if len(bases) == 1 else "ASCA (a baseline's: minus ASCA at the same share)"
-    command = f"`python -m src.experiments {table.name} --budget {budget.name}`"
-    lines = [f"# {heading}", "", f"{command}. {setting(parts, budget, results, speeds)}", "", table.note, "",
-             "Top-1 and macro AP of the held-out recordings (a recording's probability is the mean over its windows): the mean over folds and seeds, and the "
-             "95 % interval of Student's t over them. Folds share training recordings and seeds share folds, so the intervals are rather too narrow. "
+    lines = [f"# {heading}", "", f"`{command(table, budget)}`. {setting(parts, budget, speeds)}", "", table.note, "",
+             "Top-1 and macro AP of the held-out recordings (a recording's probability is the mean over its windows): the mean over folds and seeds, and where "
+             "all are there, the 95 % interval of Student's t over them. Folds share training recordings and seeds share folds, so the intervals are rather "
+             "too narrow. "
              f"Difference: the row minus {base}, paired by fold and seed. Padded cmAP, LRAP and ROC-AUC are in [{table.name}.csv]({table.name}.csv). "
              f"ASCA is `{budget.models[-1]}`."]
     if table.paper:
@@ -109,13 +117,22 @@ def write_report(table: Table, budget: Budget, names: Sequence[str], results: Re
     for part in parts:
         lines += part.markdown(table.paper)
     write_text(folder / f"{table.name}.md", "\n".join([*lines, "", f"![{table.title}]({table.name}.png)", ""]))
+    return True
 
 
-def setting(parts: Sequence[DataTable], budget: Budget, results: Results, speeds: pd.DataFrame) -> str:
+def command(table: Table, budget: Budget) -> str:
+    """What trains the table, but for --data and --noise."""
+    usual, words = BUDGETS[budget.name], ["python -m src.experiments", table.name, "--budget", budget.name]
+    for flag, own, default in (("--seeds", budget.seeds, usual.seeds), ("--epochs", budget.epochs, usual.epochs), ("--input-side", budget.side, usual.side),
+                               ("--n-folds", budget.n_folds, usual.n_folds), ("--asca", budget.models[-1], usual.models[-1])):
+        if own != default:
+            words += [flag, *map(str, own if isinstance(own, tuple) else [own])]
+    return " ".join(words)
+
+
+def setting(parts: Sequence[DataTable], budget: Budget, speeds: pd.DataFrame) -> str:
     """One sentence or two: folds, seeds, where it was trained and measured."""
     found = pd.concat([table for part in parts for table in part.found.values()])
-    if found.empty:
-        return "Nothing of it is trained yet."
     folds = "; ".join(f"{part.data}: {len(part.folds)} folds" for part in parts)
     devices = sorted(f"{device} ({jobs} trainings side by side)" for device, jobs in set(zip(found.device, found.jobs)))
     networks = {row.network() for part in parts for row in part.rows}
@@ -138,9 +155,10 @@ def draw(path: Path, table: Table, parts: Sequence[DataTable], heading: str) -> 
         plots.lines(path, panels, table.x, heading)
         return
     unknown = (np.nan,) * 3
-    panels = [(f"{part.data}: {NAMES[metric]}", [(row.name, *(part.estimate(row, metric) if row in part.rows else unknown)) for row in table.rows])
+    rows = [row for row in table.rows if any(len(part.found.get(row.name, ())) for part in parts)]
+    panels = [(f"{part.data}: {NAMES[metric]}", [(row.name, *(part.estimate(row, metric) if row in part.rows else unknown)) for row in rows])
               for part in parts for metric in SHOWN]
     if table.paper:
         panels.append(("the paper: BirdCLEF 2023, mAP %", [(row.name, table.paper.get(row.name, {}).get("BirdCLEF 2023", np.nan), *unknown[:2])
-                                                           for row in table.rows]))
-    plots.intervals(path, panels, heading)
+                                                           for row in rows]))
+    plots.intervals(path, panels, heading, reference=rows[-1].against)

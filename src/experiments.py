@@ -72,7 +72,7 @@ class ExperimentSettings:
     speed: bool = False
     """Also measure what is missing of each model's windows a second on this machine's CPU (nothing else should run beside it)."""
     only_report: bool = False
-    """Only draw the tables from experiments.csv again."""
+    """Only draw the tables from experiments.csv again; without --data (whose names alone count then) and --noise, of all that is there."""
 
 
 @dataclass(frozen=True)
@@ -304,8 +304,8 @@ def main(argv: list[str] | None = None) -> int:
     if settings.speed:
         measure_speed(settings, tables)
     for table in tables:
-        write_report(table, budget, names, results, results.noisy() if settings.only_report and not noise else noise.keys(), settings.results)
-        say(f"wrote {settings.results / table.name}.md, .csv and .png")
+        written = write_report(table, budget, names, results, noise.keys() if settings.data else results.noisy(), settings.results)
+        say(f"wrote {settings.results / table.name}.md, .csv and .png" if written else f"{table.name}: nothing of it is trained under this budget")
     if failed:
         say(f"{len(failed)} trainings failed; the same command tries them again")
     return int(bool(failed))

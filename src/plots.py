@@ -179,14 +179,17 @@ def per_class_chart(path: Path, table: pd.DataFrame, heading: str) -> None:
     save(figure, path)
 
 
-def intervals(path: Path, panels: Sequence[tuple[str, Sequence[tuple[str, float, float, float]]]], heading: str) -> None:
-    """Panels side by side with the same lines from top to bottom: (name, value, low, high); NaN where there is none."""
+def intervals(path: Path, panels: Sequence[tuple[str, Sequence[tuple[str, float, float, float]]]], heading: str, reference: str) -> None:
+    """Panels side by side with the same lines from top to bottom: (name, value, low, high), NaN where there is none; a dashed line
+    through the one that the others are compared with."""
     names = [name for name, *_ in panels[0][1]]
     figure = Figure(figsize=(2.2 + 2.8 * len(panels), 1.6 + 0.34 * len(names)), layout="constrained")
     figure.suptitle(heading)
     for axes, (title, points) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
         value, low, high = np.array([point for _, *point in points], float).T
         axes.errorbar(value, range(len(names)), xerr=np.nan_to_num([value - low, high - value]).clip(0), fmt="o", markersize=5, capsize=3)
+        if reference in names and np.isfinite(value[names.index(reference)]):
+            axes.axvline(value[names.index(reference)], color="0.5", linestyle="--", linewidth=1)
         axes.set_title(title, fontsize=10)
         axes.grid(axis="x", alpha=0.3)
     axes.set_yticks(range(len(names)), [plain(name, 40) for name in names])

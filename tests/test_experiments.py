@@ -93,7 +93,8 @@ def test_the_table_s_numbers_are_those_of_the_predictions(birds, done):
                 assert got.difference == pytest.approx((mine - base).mean(), abs=1e-5)
                 assert (got.difference_low, got.difference_high) == pytest.approx(tuple(expected), abs=1e-4)
     text = (results / "table2.md").read_text()
-    assert "small budget: 64 x 64, 1 epoch" in text and "| C-C-T-T | 2 |" in text and "| 75.3 |" in text and (results / "table2.png").stat().st_size > 5000
+    assert "`python -m src.experiments table2 --budget small --epochs 1 --input-side 64`" in text and "small budget: 64 x 64, 1 epoch" in text
+    assert "| C-C-T-T | 2 |" in text and "| 75.3 |" in text and (results / "table2.png").stat().st_size > 5000
 
 
 def test_results_are_carried_to_another_place(birds, done, tmp_path, capsys):

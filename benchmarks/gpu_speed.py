@@ -35,6 +35,8 @@ from src.settings import parse
 from src.storage import write_text
 from src.train_settings import TrainSettings
 
+EPOCHS = range(1, 4)  # 1 warms up, 2 is timed, 3 is what the loader works ahead into; 0 would draw its first batch
+
 
 @dataclass(frozen=True)
 class SpeedSettings:
@@ -42,8 +44,8 @@ class SpeedSettings:
     batch_size: int = 128
     n_classes: int = 264
     input_side: int = 224
-    steps: int = 40
-    """Of each epoch."""
+    steps: int = 36
+    """Of each epoch; more than the loader's processes work ahead (two batches each)."""
     device: str = "auto"
     precision: str = "auto"
     workers: int = -1
@@ -51,8 +53,8 @@ class SpeedSettings:
     threads: int = 0
     compile: bool = False
     """The same with torch.compile: about a minute more for each model."""
-    search: bool = True
-    """cuDNN's search for its fastest kernels, as src.train has it."""
+    search: bool = False
+    """cuDNN's search for its fastest kernels, which src.train leaves out: it can take a minute."""
     matrix_side: int = 8192
     """Of the matrix product that gives the peak."""
     data: tuple[Path, ...] = ()
@@ -93,7 +95,7 @@ def peak_tflops(device: torch.device, side: int) -> float:
 def training_of(model: str, inputs: Inputs, accelerator, settings: SpeedSettings) -> FoldTraining:
     """A training of src.train, in epochs of `steps` full batches however few the recordings; one recording is held out."""
     folds = {name: int(number > 0) for number, name in enumerate(inputs.metadata.table.filename)}
-    options = TrainSettings(run=inputs.folder / model.replace(":", "_"), model=model, batch_size=settings.batch_size, epochs=3, noise=inputs.noise,
+    options = TrainSettings(run=inputs.folder / model.replace(":", "_"), model=model, batch_size=settings.batch_size, epochs=len(EPOCHS), noise=inputs.noise,
                             workers=settings.workers, compile=settings.compile, network=ModelSettings(input_side=settings.input_side))
     training = FoldTraining(options, 0, inputs.metadata, folds, inputs.cache, accelerator)
     training.sampler.batch_size, training.sampler.n_batches = settings.batch_size, settings.steps
@@ -101,7 +103,7 @@ def training_of(model: str, inputs: Inputs, accelerator, settings: SpeedSettings
 
 
 def trained_per_second(training: FoldTraining, batches: Iterator[dict[str, Tensor]]) -> float:
-    """Crops a second of epoch 2, behind epoch 1 (epoch 0 would draw its first batch)."""
+    """Crops a second of epoch 2, behind epoch 1."""
     training.epoch(1, batches)
     began = time.perf_counter()
     training.epoch(2, batches)  # has read the last loss when it ends: the device is done
@@ -110,7 +112,7 @@ def trained_per_second(training: FoldTraining, batches: Iterator[dict[str, Tenso
 
 def made_per_second(training: FoldTraining) -> float:
     """Crops a second that the loader makes where nothing trains, of epoch 2 behind epoch 1."""
-    batches, n = iter(training.loader(range(1, 3))), training.sampler.n_batches
+    batches, n = iter(training.loader(EPOCHS)), training.sampler.n_batches
     for _ in range(n):
         next(batches)
     began = time.perf_counter()
@@ -119,15 +121,10 @@ def made_per_second(training: FoldTraining) -> float:
     return n * training.sampler.batch_size / (time.perf_counter() - began)
 
 
-def from_the_cache(training: FoldTraining) -> FoldTraining:
-    """The same training without its waveform path."""
-    training.crops.waveform_augment = None
-    return training
-
-
 def measure(model: str, peak: float, inputs: Inputs, accelerator, settings: SpeedSettings) -> str:
     """The model's line of the table."""
     device, audio = accelerator.device, inputs.cache.config
+    accelerator.free_memory()  # of the model before
     training = training_of(model, inputs, accelerator, settings)
     parameters = sum(p.numel() for p in training.model.parameters()) / 1e6
     batch = next(iter(training.loader(range(1))))
@@ -138,11 +135,11 @@ def measure(model: str, peak: float, inputs: Inputs, accelerator, settings: Spee
         torch.cuda.reset_peak_memory_stats(device)
     alone = trained_per_second(training, repeat(on_device))
     memory = f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f}" if device.type == "cuda" else "-"
-    mixed = trained_per_second(training, iter(training.loader(range(1, 3))))
-    cached = trained_per_second(from_the_cache(training), iter(training.loader(range(1, 3))))
+    mixed = trained_per_second(training, iter(training.loader(EPOCHS)))
+    training.crops.waveform_augment = None
+    cached = trained_per_second(training, iter(training.loader(EPOCHS)))
     network = create_model(model, settings.n_classes, audio, ModelSettings(input_side=settings.input_side)).eval()
     gmacs = count_gmacs(network, torch.zeros(1, 1, audio.n_mels, audio.window_frames))
-    accelerator.free_memory()
     cells = (model, f"{parameters:.1f}", f"{gmacs:.2f}", f"{alone:,.0f}", f"{6 * gmacs * alone / 1e3 / peak:.1%}", memory,
              *(f"{speed:,.0f} ({speed / alone - 1:+.1%})" for speed in (cached, mixed)))
     return f"| {' | '.join(cells)} |"
@@ -166,6 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.data and settings.noise is None:
         raise UserError("--data needs --noise: a folder of background noise")
     began = time.perf_counter()
+    devices.keep_freed_memory()
     accelerator = devices.start(device=settings.device, precision=settings.precision, accumulate=1, threads=settings.threads)
     device, torch.backends.cudnn.benchmark = accelerator.device, settings.search
     workers = devices.loader_workers(settings.workers, on_gpu=device.type == "cuda")
@@ -173,16 +171,20 @@ def main(argv: list[str] | None = None) -> None:
         inputs, rows = inputs_of(settings, Path(root), workers), []
         peak = peak_tflops(device, settings.matrix_side)
         smallest = training_of("asca_test", inputs, accelerator, settings)
-        mixed, cached = made_per_second(smallest), made_per_second(from_the_cache(smallest))
-        loader = (f"The loader alone ({workers or 'no'} processes, {len(inputs.metadata.table)} recordings) makes {cached:,.0f} crops a second from the cache, "
-                  f"{mixed:,.0f} with a quarter as waveforms under background noise")
+        made = [made_per_second(smallest)]
+        smallest.crops.waveforms.samples = None  # as where the recordings do not fit into memory
+        made.append(made_per_second(smallest))
+        smallest.crops.waveform_augment = None
+        made.append(made_per_second(smallest))
+        loader = ("The loader alone ({} processes, {} recordings) makes {:,.0f} crops a second from the cache; with a quarter as waveforms under background "
+                  "noise {:,.0f}, where each is read from its file {:,.0f}").format(workers or "no", len(inputs.metadata.table), made[2], made[0], made[1])
         say(f"bf16 peak {peak:.3g} TFLOP/s. {loader} ({time.perf_counter() - began:.0f} s)")
         for model in settings.models:
             rows.append(measure(model, peak, inputs, accelerator, settings))
             say(f"{rows[-1]} ({time.perf_counter() - began:.0f} s)")
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     words = " ".join(("--models", *settings.models, "--batch-size", str(settings.batch_size), "--steps", str(settings.steps), *["--compile"] * settings.compile,
-                      *["--no-search"] * (not settings.search)))
+                      *["--search"] * settings.search))
     lines = ["# Training speed", "", about(f"python -m benchmarks.gpu_speed {words}", device), "",
              f"Batches of {settings.batch_size}, {settings.input_side} x {settings.input_side}, {settings.n_classes} classes, "
              f"{precision}{', torch.compile' * settings.compile}; epochs of {settings.steps} steps. Step alone: on a batch that lies on the device. "

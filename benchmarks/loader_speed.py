@@ -2,10 +2,10 @@
 
     python -m benchmarks.loader_speed [--data DATA --noise DIR] [--metadata FILE] [--cache CACHE]
 
-The loader is the one that src.train uses, with its SpecAugment: once from the cache alone, once with a quarter of the crops read as
-waveforms and mixed with background noise. Librosa decodes at the file's own rate and augments nothing: a random 5 s (offset, duration:
-its fastest), or the whole recording to cut 5 s from (the usual dataset class). Without --data it makes the demo's recordings.
-Writes benchmarks/results/loader_speed.md.
+The loader is the one that src.train uses, with its SpecAugment: from the cache alone, and with a quarter of the crops as waveforms mixed with
+background noise, these from decoded recordings in memory (where they fit) or from the files. Librosa decodes at the file's own rate and
+augments nothing: a random 5 s (offset, duration: its fastest), or the whole recording to cut 5 s from (the usual dataset class). Without
+--data it makes the demo's recordings. Writes loader_speed.md.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import librosa
@@ -44,10 +44,11 @@ class LoaderSettings:
     noise: Path | None = None
     """Background noise; needed with --data."""
     rounds: int = 5
-    """The three take turns; the medians over the rounds count."""
+    """All take turns; the medians over the rounds count."""
     crops: int = 1024
     """A round, from the cache; a quarter as many with waveforms, a sixteenth with librosa."""
     batch_size: int = 32
+    results: Path = Path("benchmarks/results")
 
 
 def random_stretch(path: str, config: AudioConfig, rng: np.random.Generator) -> np.ndarray:
@@ -76,20 +77,30 @@ def per_second(work: Callable[[], object], n: int) -> float:
     return n / (time.process_time() - began)
 
 
-def loader(table: pd.DataFrame, cache: Cache, settings: LoaderSettings, waveform_probability: float, noise: Path) -> DataLoader:
+def loader(table: pd.DataFrame, cache: Cache, settings: LoaderSettings, noise: Path, **augment: float) -> DataLoader:
     """As in src.train: its crops, its sampler, no worker processes."""
     classes = tuple(sorted(set(table.primary_label)))
-    crops = Crops(table, cache, *targets(table, classes), settings=replace(AugmentSettings(), waveform_probability=waveform_probability), noise=noise, seed=0)
+    crops = Crops(table, cache, *targets(table, classes), settings=AugmentSettings(**augment), noise=noise, seed=0)
     sampler = BalancedSampler(sampling_share(table, power=0.5, use_rating=False), settings.batch_size, 0)
     sampler.epochs = range(10**9)
     return DataLoader(crops, batch_sampler=sampler, collate_fn=as_is, num_workers=0)
 
 
 def measure(table: pd.DataFrame, cache: Cache, noise: Path, settings: LoaderSettings) -> dict[str, float]:
-    """Crops a second: librosa in both ways, its decoding of 5 s alone, the loader from the cache, the loader with a quarter of waveforms."""
+    """Crops a second: librosa in both ways, its decoding of 5 s alone, the loader from the cache, the loader with a quarter of waveforms in
+    both ways; and `once`, the seconds in which all recordings are decoded into memory, as a training's first epochs do."""
     config, rng = cache.config, np.random.default_rng(0)
-    streams = {"cache": iter(loader(table, cache, settings, 0.0, noise)), "waveform": iter(loader(table, cache, settings, 0.25, noise))}
-    n_batches = {"cache": max(1, settings.crops // settings.batch_size), "waveform": max(1, settings.crops // settings.batch_size // 4)}
+    loaders = {"cache": loader(table, cache, settings, noise, waveform_probability=0.0),
+               "memory": loader(table, cache, settings, noise, waveform_probability=0.25),
+               "files": loader(table, cache, settings, noise, waveform_probability=0.25, waveform_memory=0.0)}
+    began, waveforms = time.process_time(), loaders["memory"].dataset.waveforms
+    if waveforms.samples is None:
+        raise UserError("these recordings do not fit into memory, which is to be measured too; give fewer, by another --metadata")
+    for row in range(len(table)):
+        waveforms.read(row, 0, 1)
+    once = time.process_time() - began
+    streams = {name: iter(batches) for name, batches in loaders.items()}
+    n_batches = {name: max(1, settings.crops // settings.batch_size // (1 if name == "cache" else 4)) for name in streams}
     speeds: dict[str, list[float]] = {name: [] for name in ("librosa", "whole", "decoding", *streams)}
     for round_ in progress(range(settings.rounds + 1), what="measuring", unit="round"):
         paths = table.path.iloc[rng.integers(len(table), size=max(8, settings.crops // 16))].tolist()
@@ -103,7 +114,7 @@ def measure(table: pd.DataFrame, cache: Cache, noise: Path, settings: LoaderSett
         if round_:  # the first one warms up: imports, compiled resamplers, files
             for name, value in result.items():
                 speeds[name].append(value)
-    return {name: float(np.median(values)) for name, values in speeds.items()}
+    return {"once": once} | {name: float(np.median(values)) for name, values in speeds.items()}
 
 
 @stage
@@ -125,17 +136,18 @@ def main(argv: list[str] | None = None) -> None:
         seconds = sum(map(cache.n_frames, cache.names)) / cache.config.frames_per_second
     rows = {"librosa": "librosa: load(offset, duration), melspectrogram, power_to_db", "decoding": "of that, load(offset, duration) alone",
             "whole": "librosa: load, cut, melspectrogram, power_to_db", "cache": "loader, from the cache, SpecAugment on half",
-            "waveform": "loader, a quarter as waveforms with background noise"}
+            "memory": "loader, a quarter as waveforms with background noise, recordings decoded in memory",
+            "files": "loader, a quarter as waveforms with background noise, each read from its file"}
     words = " ".join(word for flag, value in (("data", settings.data and settings.data[0].name), ("noise", settings.noise and settings.noise.name)) if value
                      for word in (f"--{flag}", str(value)))
     text = "\n".join([
-        "# Loader speed", "", about(f"python -m benchmarks.loader_speed {words}".strip()), "",
+        "# Loader speed", "", about(f"python -m benchmarks.loader_speed {words} --rounds {settings.rounds}"), "",
         f"{len(table)} recordings of {seconds / len(table):.0f} s on average. Crops of {cache.config.window_seconds:g} s a second of one process's CPU time, "
-        f"medians of {settings.rounds} rounds in turn.", "",
+        f"medians of {settings.rounds} rounds in turn. Decoding all recordings into memory takes {speed['once']:.1f} s, once: not counted.", "",
         "| | crops a second | times load(offset, duration) | times load of the whole |", "|---|---|---|---|",
         *(f"| {title} | {speed[name]:,.0f} | {speed[name] / speed['librosa']:.1f} | {speed[name] / speed['whole']:.1f} |"
           for name, title in rows.items()), ""])
-    write_text(Path("benchmarks/results/loader_speed.md"), text)
+    write_text(settings.results / "loader_speed.md", text)
     say(text)
 
 

@@ -3,8 +3,8 @@
     python -m benchmarks.plain_loop --data DATA [--metadata FILE] [--noise DIR] [--folds FILE --cache DIR] [--fold 0 1] [--epochs 30] [--workers 8]
 
 The plain loop: a torch Dataset that decodes a random 5 s with librosa, log-mel in decibels, normalised and resized; a shuffled DataLoader,
-AdamW with a cosine, binary cross-entropy, timm's mixup where asked; on a GPU bf16 autocast, pinned batches and cuDNN's search for its
-fastest kernels. Both make one crop of each training recording an epoch and score a held-out one by the mean over its consecutive windows.
+AdamW with a cosine, binary cross-entropy, timm's mixup where asked; on a GPU bf16 autocast and pinned batches.
+Both make one crop of each training recording an epoch and score a held-out one by the mean over its consecutive windows.
 Speeds are medians over the epochs after the first, validation left out. Writes plain_loop.md; finished folds are not trained again.
 """
 
@@ -103,7 +103,6 @@ def train_plainly(paths: list[str], labels: np.ndarray, n_classes: int, settings
     """The trained network and the median over the epochs after the first of crops a second."""
     timm, on_gpu = import_timm(), device.type == "cuda"
     torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = True
     model = timm.create_model(settings.model, in_chans=1, num_classes=n_classes, drop_path_rate=settings.drop_path).to(device)
     workers = devices.loader_workers(settings.workers, on_gpu=on_gpu)
     loader = DataLoader(RandomCrops(paths, labels, settings.input_side), settings.batch_size, shuffle=True, drop_last=True,

@@ -172,8 +172,8 @@ def frames_to_log_mel(padded: np.ndarray, config: AudioConfig) -> np.ndarray:
         power = np.abs(scipy.fft.rfft(block, axis=-1)) ** 2  # (<= 500, n_fft / 2 + 1), complex64 -> float32
         log_mel[:, start : start + BLOCK_FRAMES] = _filterbank(config) @ power.T
     log_mel += EPSILON
-    np.log10(log_mel, out=log_mel)
-    log_mel *= 10.0
+    np.log(log_mel, out=log_mel)  # numpy's log10 takes four times as long
+    log_mel *= 10 / math.log(10)
     return log_mel
 
 

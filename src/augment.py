@@ -26,6 +26,8 @@ class AugmentSettings:
     """So many random crops are looked at and the loudest is taken; 1: any."""
     waveform_probability: float = 0.25
     """Share of the crops that are read as waveforms and augmented there: the paper's background noise (0.25)."""
+    waveform_memory: float = 2.0
+    """GiB for decoded recordings, where all of them fit; else each waveform is read from its file."""
     min_snr_db: float = 0.0
     """Background noise, where --noise is given: the lowest signal-to-noise ratio."""
     max_snr_db: float = 20.0
@@ -37,13 +39,13 @@ class AugmentSettings:
     """White noise at 10 to 40 dB on the waveform path."""
     pitch_probability: float = 0.0
     """A shift by up to one semitone on the waveform path (25 ms a crop)."""
-    roll_probability: float = 0.0
+    roll_probability: float = 1.0
     """Share of the crops that are rotated in time by a random number of frames."""
-    filter_db: float = 0.0
+    filter_db: float = 6.0
     """A random smooth frequency response within -filter_db to filter_db on each crop; 0: off."""
-    stretch: float = 0.0
+    stretch: float = 0.2
     """A crop lasts up to 1 + stretch times as long, or as short, before it is brought to the window's length; 0: off."""
-    mel_shift_bins: int = 0
+    mel_shift_bins: int = 4
     """The spectrogram is moved up or down by at most so many mel bins (above 1 kHz two of 128 are a semitone); 0: off."""
     spec_augment_probability: float = 0.5
     """Share of the crops that are masked."""
@@ -53,7 +55,7 @@ class AugmentSettings:
     time_masks: int = 2
     time_mask_frames: int = 50
     """Longest mask: 50 frames = 0.5 s."""
-    mixup_probability: float = 0.5
+    mixup_probability: float = 0.0
     """Share of the crops that are mixed with another of the batch."""
     mixup_alpha: float = 0.4
     """The mixing weight is drawn from Beta(alpha, alpha)."""
@@ -127,7 +129,10 @@ def _background_noise(noise: Path, settings: AugmentSettings, sample_rate: int):
             file = self.sound_file_paths.index(self.parameters["noise_file_path"])
             start = round(self.parameters["offset"] * sample_rate)
             for sound in self.sounds[file:] + self.sounds[:file]:  # a silent stretch: the next file's
-                stretch = np.resize(sound[min(start, max(0, len(sound) - len(samples))) :], len(samples))
+                first = min(start, max(0, len(sound) - len(samples)))
+                stretch = sound[first : first + len(samples)]
+                if len(stretch) < len(samples):
+                    stretch = np.resize(stretch, len(samples))
                 noise_rms = calculate_rms(stretch)
                 if noise_rms >= SILENT:
                     break
@@ -179,8 +184,8 @@ class SpecAugment:
         if rng.random() >= self.probability:
             return crop
         self.masking.set_random_seed(int(rng.integers(2**31)))
-        kept = self.masking(image=np.ones_like(crop))["image"]
-        return np.where(kept, crop, np.uint8(round(crop.mean())))
+        self.masking.fill = round(crop.sum(dtype=np.uint32) / crop.size)  # a third of crop.mean()'s time
+        return self.masking(image=crop)["image"]
 
 
 def draw_mixup(n: int, settings: AugmentSettings, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -245,7 +245,7 @@ def clipped_share(entries: list[dict], config: AudioConfig) -> str:
 
 @stage
 def main(argv: list[str] | None = None) -> int:
-    settings = parse(CacheSettings, argv, prog="python -m src.cache", description=__doc__)
+    settings = parse(CacheSettings, argv, prog="python -m src.cache", description=__doc__, of_data="cache.yaml")
     if settings.verify:
         cache = Cache(settings.out)
         broken = cache.verify()

@@ -18,6 +18,7 @@ from .audio import DamagedAudio
 from .augment import AugmentSettings, SpecAugment, WaveformAugment, mel_shift, random_filter, roll
 from .cache import Cache
 from .config import AudioConfig
+from .waveforms import Waveforms
 
 SCORED_SECONDS = 60.0  # of a held-out recording
 
@@ -41,6 +42,8 @@ class Crops(Dataset):
         on_waveforms = noise is not None or settings.band_filter_probability or settings.gaussian_probability or settings.pitch_probability
         if settings.waveform_probability > 0 and on_waveforms:
             self.waveform_augment = WaveformAugment(settings, noise, cache.config.sample_rate)
+            n_frames = np.array([cache.n_frames(name) for name in self.names])
+            self.waveforms = Waveforms(self.paths, n_frames, cache.config, most_bytes=settings.waveform_memory * 2**30)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -90,13 +93,14 @@ class Crops(Dataset):
         left = first * config.hop_length - config.n_fft // 2
         right = left + (n - 1) * config.hop_length + config.n_fft
         try:
-            stretch = audio.read_stretch(self.paths[row], max(0, left), right, config)
+            stretch = self.waveforms.read(row, max(0, left), right)
         except DamagedAudio as error:
             raise RuntimeError(f"{self.paths[row]} was readable when it was cached, and is not now: {error}") from error
         if rng is not None:
             stretch = self.waveform_augment(stretch, rng)
-        padded = np.pad(stretch, (max(0, -left), right - max(0, left) - len(stretch)))
-        crop = audio.to_uint8(audio.frames_to_log_mel(padded, config), config).T
+        if len(stretch) < right - left:
+            stretch = np.pad(stretch, (max(0, -left), right - max(0, left) - len(stretch)))
+        crop = audio.to_uint8(audio.frames_to_log_mel(stretch, config), config).T
         return crop if n == n_window else wrap(crop, start, n_window)
 
 

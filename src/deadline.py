@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 SAFETY = 1.1  # a forecast must fit this many times
@@ -43,12 +43,13 @@ class Guard:
     """
 
     def __init__(self, seconds: float | None, *, hop_seconds: float, full_hop_seconds: float, n_models: int, n_rows: int,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+                 window_seconds: Sequence[float] = (), clock: Callable[[], float] = time.monotonic) -> None:
         self.clock, self.limited = clock, seconds is not None
         self.ends = clock() + seconds if seconds is not None else float("inf")
         self._late = clock() + 0.05 * seconds if seconds is not None else float("inf")
         self.reserve = 0.0  # seconds that the last write and its validation need
         self.plan, self.full_hop_seconds = Plan(hop_seconds, n_models), full_hop_seconds  # the latter: windows side by side
+        self.longest_hop = [min(full_hop_seconds, seconds) for seconds in window_seconds] or [full_hop_seconds] * n_models  # short windows leave no gaps
         self.rows_left = float(n_rows)
         self.model_pace = [Pace() for _ in range(n_models)]  # a window
         self.other_pace = Pace()  # a row: decoding that the model waits for, writing, drawing
@@ -57,6 +58,9 @@ class Guard:
     def left(self) -> float:
         """Seconds until scoring must end."""
         return self.ends - self.reserve - self.clock()
+
+    def hop_of(self, model: int, plan: Plan) -> float:
+        return min(plan.hop_seconds, self.longest_hop[model])
 
     def time_is_up(self) -> bool:
         return self.left() <= 0
@@ -79,8 +83,8 @@ class Guard:
 
     def forecast(self, plan: Plan) -> float:
         """Seconds that the rows left will take."""
-        windows = self.full_hop_seconds / plan.hop_seconds
-        return self.rows_left * (self.other_pace.per_unit + windows * sum(pace.per_unit for pace in self.model_pace[: plan.n_models]))
+        windows = (self.full_hop_seconds / self.hop_of(model, plan) for model in range(plan.n_models))  # a row
+        return self.rows_left * (self.other_pace.per_unit + sum(n * pace.per_unit for n, pace in zip(windows, self.model_pace)))
 
     def measured(self) -> bool:
         return self.other_pace.n >= MEASURED_BATCHES or (self.other_pace.n >= 2 and self.clock() > self._late)

@@ -43,7 +43,6 @@ def start(*, device: str, precision: str, accumulate: int, threads: int):
     AcceleratorState._reset_state()  # a second training in this process may choose another precision
     accelerator = Accelerator(cpu=chosen.type == "cpu", mixed_precision="no" if precision == "fp32" else precision,
                               gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate, sync_with_dataloader=False))
-    torch.backends.cudnn.benchmark = True  # every batch has the same shape
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // here))
     return accelerator

@@ -41,7 +41,7 @@ class DataTable:
     """One data set's rows of a table."""
 
     def __init__(self, table: Table, budget: Budget, data: str, results: Results, noisy: Collection[str], speeds: pd.DataFrame) -> None:
-        self.data, self.rows = data, table.of(data)
+        self.data, self.rows = data, [row for row in table.of(data) if row.noise or data in noisy]
         self.folds = sorted(set(results.table.fold[results.table.data == data]))[: budget.n_folds or None]
         cells = [(seed, fold) for seed in budget.seeds for fold in self.folds]
         self.found = {row.name: (of := results.of(data, row.key(data, noisy)))[of.index.isin(cells)] for row in self.rows}
@@ -49,7 +49,8 @@ class DataTable:
         self.speeds = speeds.set_index("network").windows_per_second
 
     def estimate(self, row: Row, metric: str) -> tuple[float, float, float]:
-        return interval(self.found[row.name][metric].dropna().to_numpy(float))
+        mean, *bounds = interval(self.found[row.name][metric].dropna().to_numpy(float))
+        return mean, *np.clip(bounds, 0, 1).tolist()
 
     def difference(self, row: Row, metric: str) -> tuple[float, float, float]:
         """This row minus the one it is compared with, over the folds and seeds that both have."""
@@ -89,9 +90,10 @@ def write_report(table: Table, budget: Budget, names: Sequence[str], results: Re
     speeds = read_table(folder / "experiments_speed.csv", SPEED)
     parts = [DataTable(table, budget, data, results, noisy, speeds) for data in names]
     write_table(folder / f"{table.name}.csv", pd.DataFrame([row for part in parts for row in part.long()]))
-    heading = f"{table.title} ({budget.name} budget: {budget.side} x {budget.side}, {budget.epochs} epochs)"
+    heading = f"{table.title} ({budget.name} budget: {budget.side} x {budget.side}, {budget.epochs} epoch{'s' if budget.epochs > 1 else ''})"
     draw(folder / f"{table.name}.png", table, parts, heading)
-    base = "ASCA" if all(row.against == "ASCA" for row in table.rows) else "ASCA (figure 2's baseline: minus ASCA at the same share)"
+    bases = sorted({row.against for row in table.rows})
+    base = bases[0] if len(bases) == 1 else "ASCA (a baseline's: minus ASCA at the same share)"
     command = f"`python -m src.experiments {table.name} --budget {budget.name}`"
     lines = [f"# {heading}", "", f"{command}. {setting(parts, budget, results, speeds)}", "", table.note, "",
              "Top-1 and macro AP of the held-out recordings (a recording's probability is the mean over its windows): the mean over folds and seeds, and the "
@@ -132,8 +134,10 @@ def draw(path: Path, table: Table, parts: Sequence[DataTable], heading: str) -> 
                 panels.append((f"{part.data}: {NAMES[metric]}", curves))
         plots.lines(path, panels, table.x, heading)
         return
-    panels = [(f"{part.data}: {NAMES[metric]}", [(row.name, *part.estimate(row, metric)) for row in part.rows]) for part in parts for metric in SHOWN]
+    unknown = (np.nan,) * 3
+    panels = [(f"{part.data}: {NAMES[metric]}", [(row.name, *(part.estimate(row, metric) if row in part.rows else unknown)) for row in table.rows])
+              for part in parts for metric in SHOWN]
     if table.paper:
-        panels.append(("the paper: BirdCLEF 2023, mAP %", [(row.name, table.paper.get(row.name, {}).get("BirdCLEF 2023", np.nan), np.nan, np.nan)
+        panels.append(("the paper: BirdCLEF 2023, mAP %", [(row.name, table.paper.get(row.name, {}).get("BirdCLEF 2023", np.nan), *unknown[:2])
                                                            for row in table.rows]))
     plots.intervals(path, panels, heading)

@@ -58,9 +58,9 @@ class Results:
         """A row takes the place of an earlier one of the same cell."""
         new = pd.DataFrame([row])[COLUMNS]
         same = (self.table[["data", "key", "seed", "fold"]] == new[["data", "key", "seed", "fold"]].iloc[0]).all(axis=1)
-        self.table = pd.concat([self.table[~same], new], ignore_index=True) if len(self.table) else new
-        self.table = self.table.sort_values(["data", "row", "key", "seed", "fold"], ignore_index=True)
-        write_table(self.file, self.table)
+        table = pd.concat([self.table[~same], new], ignore_index=True) if len(self.table) else new
+        write_table(self.file, table.sort_values(["data", "row", "key", "seed", "fold"]))
+        self.table = read_table(self.file, COLUMNS)  # as rounded there: a table drawn now is the one that is drawn from the file later
 
     def finished(self) -> set[Cell]:
         return {Cell(*values) for values in self.table[["data", "key", "seed", "fold"]].itertuples(index=False, name=None)}

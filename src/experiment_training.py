@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from . import metrics, train
 from .config import AudioConfig
@@ -53,11 +54,16 @@ class Job:
     def log(self) -> Path:
         return self.folder / "log.txt"
 
+    def why(self) -> str:
+        """The last line of the log."""
+        return next(iter(reversed(self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines())), "") if self.log.exists() else ""
+
 
 def begin() -> None:
     """A worker's first act: Ctrl-C is the main process's to handle, its death is this one's end, and a loader's processes start as usual here."""
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # not spawned because this one was
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a worker that is ended would leave behind
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -77,6 +83,7 @@ def train_and_score(job: Job) -> dict | None:
             return None
         finally:
             gc.collect()
+            gc.freeze()  # what is left are modules: later collections, one a training at least, pass over them
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # for the trainings beside this one
 

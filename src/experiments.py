@@ -12,6 +12,7 @@ from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal
 
@@ -60,7 +61,7 @@ class ExperimentSettings:
     models: tuple[str, ...] = ()
     """Only these models of table 1 (and ASCA)."""
     jobs: int = 0
-    """Trainings side by side; 0: one a core (at most 8) on a CPU, 4 on a GPU."""
+    """Trainings side by side, at most 8 by default: one a core on a CPU, one for two cores beside a GPU."""
     device: str = "auto"
     keep_weights: bool = False
     """Keep every fold's weights once it is scored."""
@@ -139,10 +140,13 @@ class Plan:
             if cell not in self.finished:
                 self.todo[cell] = self.job(one, row, cell)
 
+    def run(self, row: Row, cell: Cell) -> Path:
+        return self.settings.runs / cell.data / f"{re.sub(r'[^A-Za-z0-9]+', '_', row.settings().model)}-{cell.key}-seed{cell.seed}"
+
     def job(self, one: DataSet, row: Row, cell: Cell) -> Job:
-        run = self.settings.runs / one.name / f"{re.sub(r'[^A-Za-z0-9]+', '_', row.settings().model)}-{cell.key}-seed{cell.seed}"
+        run = self.run(row, cell)
         argv = [*row.flags, "--data", one.folder, "--folds", one.folds, "--cache", one.cache, "--run", run, "--fold", cell.fold, "--seed", cell.seed,
-                "--device", self.settings.device, *share_of_machine(self.settings), "--checkpoint-seconds", "60", "--no-pictures"]
+                "--device", self.settings.device, *share_of_machine(self.settings), "--checkpoint-seconds", "60", "--validate-every", "1000", "--no-pictures"]
         needs, noise = None, one.noise if row.noise else None
         if noise:
             argv += ["--noise", noise]
@@ -172,14 +176,16 @@ class Workers:
     def __init__(self, jobs: int) -> None:
         self.idle = [self.new() for _ in range(jobs)]
         self.busy: dict[Future, tuple[ProcessPoolExecutor, Job]] = {}
+        self.processes: set[BaseProcess] = set()
 
     @staticmethod
     def new() -> ProcessPoolExecutor:
         return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=begin)
 
     def submit(self, job: Job) -> None:
-        worker = self.idle.pop()
+        worker, others = self.idle.pop(), set(multiprocessing.active_children())
         self.busy[worker.submit(train_and_score, job)] = worker, job
+        self.processes |= set(multiprocessing.active_children()) - others  # it starts with its first training
 
     def next(self) -> list[tuple[Job, dict | None]]:
         """Waits for the next trainings to end: (job, its row or None)."""
@@ -189,25 +195,34 @@ class Workers:
             try:
                 ended.append((job, future.result()))
             except BrokenProcessPool:
-                worker.shutdown()
-                worker = self.new()
                 ended.append((job, None))
+                worker = self.new()
             self.idle.append(worker)
         return ended
 
     def close(self) -> None:
         """Ends what is still running; a training keeps its last checkpoint."""
-        if self.busy:
-            for process in multiprocessing.active_children():
+        for _ in range(2):  # first the trainings, which end well and leave their workers idle, then these
+            for process in self.processes:
                 process.terminate()
+            wait(self.busy)
         for worker in [*self.idle, *(worker for worker, _ in self.busy.values())]:
             worker.shutdown()
 
 
 def train_all(plan: Plan, results: Results) -> list[Job]:
-    """Trains what is to be trained, adding each fold's row as it ends; returns the failed ones."""
+    """Trains what is to be trained, adding each fold's row as it ends; returns the failed ones. Weights that are scored
+    are deleted, unless a training to come begins with them."""
     todo, failed = dict(plan.todo), []
     workers, used = Workers(plan.settings.jobs), Counter(job.needs.cell for job in todo.values() if job.needs)
+
+    def spare(cell: Cell, folder: Path) -> None:
+        if not plan.settings.keep_weights and not used[cell]:
+            for name in ("weights", "golden_windows"):
+                (folder / f"{name}.safetensors").unlink(missing_ok=True)
+
+    for cell in plan.finished & plan.wanted.keys():  # what an interruption left
+        spare(cell, plan.run(plan.wanted[cell], cell) / f"fold{cell.fold}")
     try:
         with progress(total=len(todo), what="experiments", unit="fold") as bar:
             while True:
@@ -220,13 +235,12 @@ def train_all(plan: Plan, results: Results) -> list[Job]:
                     bar.update()
                     if row is None:
                         failed.append(job)
-                        say(f"failed: {job.row.name} on {job.cell.data}, seed {job.cell.seed}, fold {job.cell.fold}; see {job.log}")
+                        say(f"failed: {job.row.name} on {job.cell.data}, seed {job.cell.seed}, fold {job.cell.fold}; see {job.log}: {job.why()}")
                         continue
                     results.add(row)
                     used -= Counter([job.needs.cell]) if job.needs else Counter()
                     for one in filter(None, (job, job.needs)):
-                        if not plan.settings.keep_weights and not used[one.cell]:
-                            one.weights.unlink(missing_ok=True)
+                        spare(one.cell, one.folder)
     finally:
         workers.close()
     return failed + list(todo.values())
@@ -250,7 +264,8 @@ def completed(settings: ExperimentSettings) -> ExperimentSettings:
     if not settings.tables:
         raise UserError(f"name one or more of {', '.join(TABLES)}, or all")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
-    jobs = settings.jobs or (min(8, os.cpu_count() or 1) if device == "cpu" else 4)
+    cores = os.cpu_count() or 1
+    jobs = settings.jobs or max(1, min(8, cores if device == "cpu" else cores // 2))
     return replace(settings, device=device, jobs=jobs, tables=tuple(TABLES) if "all" in settings.tables else settings.tables)
 
 

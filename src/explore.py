@@ -62,7 +62,7 @@ def draw_classes(path: Path, table: pd.DataFrame) -> Path:
     return _save(figure, path)
 
 
-def draw_durations(path: Path, table: pd.DataFrame) -> Path:
+def draw_durations(path: Path, table: pd.DataFrame, window_seconds: float = AudioConfig.window_seconds) -> Path:
     """How long the recordings are, and what share of all the sound lies in the long ones."""
     seconds = np.sort(table.duration_s.dropna().to_numpy())
     figure = Figure(figsize=(13, 3.6), layout="constrained")
@@ -71,7 +71,7 @@ def draw_durations(path: Path, table: pd.DataFrame) -> Path:
         return _save(_empty(figure, [many, sound], "no duration is known: neither the table nor the audio is there to say"), path)
     edges = np.geomspace(seconds[0] * 0.99, seconds[-1] * 1.01, 41)
     many.hist(seconds, edges)
-    many.axvline(5, color="C3", label="5 s, a window")
+    many.axvline(window_seconds, color="C3", label=f"{window_seconds:g} s, a window")
     many.set(title=f"{len(seconds)} durations", xlabel="seconds", ylabel="recordings", xscale="log")
     sound.plot(seconds, np.cumsum(seconds) / 3600)
     sound.set(title="hours in recordings of at most that length", xlabel="seconds", ylabel="hours", xscale="log", ylim=(0, None))
@@ -141,7 +141,8 @@ def examples(table: pd.DataFrame, config: AudioConfig, n: int = 8, seed: int = 0
 
 def draw_examples(path: Path, found: list[tuple[str, np.ndarray]], config: AudioConfig) -> Path:
     log_mels = [audio.log_mel(waveform, config) for _, waveform in found]
-    plots.spectrogram_grid(path, log_mels, [title for title, _ in found], config, "log-mel spectrograms: 5 s in which each recording begins")
+    plots.spectrogram_grid(path, log_mels, [title for title, _ in found], config,
+                           f"log-mel spectrograms: {config.window_seconds:g} s in which each recording begins")
     return path
 
 

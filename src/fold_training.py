@@ -37,6 +37,7 @@ from .train_settings import TrainSettings
 from .weight_noise import WeightNoise
 
 GOLDEN_WINDOWS = 16  # held-out windows kept beside the weights: the export is checked on them
+NOT_VALIDATED = {"valid_loss": math.nan, "valid_top1": math.nan, "valid_macro_ap": math.nan}
 SECONDS_BETWEEN_CURVES = 20.0  # drawing them takes a third of one
 
 
@@ -127,14 +128,16 @@ class FoldTraining:
             say(f"fold {self.fold}: continuing after epoch {len(self.history)}")
         self.accelerator.wait_for_everyone()  # nobody saves before all have read
         epochs = range(len(self.history), self.settings.epochs)
-        batches = iter(self.loader(epochs)) if epochs else iter(())
         if epochs:
-            self.record()
+            self.record()  # before the loader's threads, which would disturb it
+        batches = iter(self.loader(epochs)) if epochs else iter(())
         for epoch in epochs:
             began = time.perf_counter()
             loss = self.epoch(epoch, batches)
             seconds = time.perf_counter() - began
-            row = {"epoch": epoch + 1, "learning_rate": self.optimiser.param_groups[0]["lr"], "train_loss": loss, **self.validate()}
+            row = {"epoch": epoch + 1, "learning_rate": self.optimiser.param_groups[0]["lr"], "train_loss": loss, **NOT_VALIDATED}
+            if (epoch + 1) % self.settings.validate_every == 0 or epoch + 1 == self.settings.epochs:
+                row |= self.validate()
             self.history.append(row)
             self.seconds.append(seconds)
             if main:

@@ -109,11 +109,11 @@ def with_durations(metadata: Metadata) -> Metadata:
 
 
 def read_folds(file: Path | str) -> dict[str, int]:
-    """filename -> fold. Raises UserError for a table that `src.folds` did not write."""
+    """filename -> fold; -1: always in training, -2: neither trained on nor scored. Raises UserError for a table of another form."""
     if not Path(file).exists():
         raise UserError(f"{file} does not exist; make it with python -m src.folds --out {file}")
     table = read_csv(file)
-    if table.columns.tolist() != ["filename", "fold"] or not table.fold.str.fullmatch(r"-1|\d+").all():
+    if table.columns.tolist() != ["filename", "fold"] or not table.fold.str.fullmatch(r"-1|-2|\d+").all():
         raise UserError(f"{file}: not a fold table with the columns filename,fold; make it with python -m src.folds")
     if table.filename.duplicated().any():
         raise UserError(f"{file}: {table.filename[table.filename.duplicated()].iloc[0]} stands there twice")

@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add("--recursive", action="store_true", help="also its sub-folders; row ids and tables are then named by the path below the folder")
     add("--out", type=Path, default=Path("submissions/asca.csv"), help="the submission (default: submissions/asca.csv)")
     add("--sample", type=Path, help="sample submission that gives the columns (default: the one beside the soundscapes' folder)")
-    add("--hop-seconds", type=float, default=submission.ROW_SECONDS, help="between windows; under 5 they overlap (default: 5)")
+    add("--hop-seconds", type=float, default=submission.ROW_SECONDS, help="between windows; under 5 they overlap (default: 5, or the window if shorter)")
     add("--expected-seconds", type=float, help="length of a file whose header is unreadable (default: the competition's)")
     add("--batch-size", type=int, default=0, help="windows handed to the model at once; 0: two a thread, at least 8 (default: 0)")
     add("--threads", type=int, default=0, help="of the model; 0: all cores (default: 0)")
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
             say(f"continuing {options.tables}: {len(soundscapes) - len(to_do)} of {len(soundscapes)} recordings are done")
         seconds = options.started + 60 * options.time_limit - time.time() if options.time_limit else None
         guard = Guard(seconds, hop_seconds=options.hop_seconds, full_hop_seconds=submission.ROW_SECONDS, n_models=len(models),
-                      n_rows=sum(s.n_rows for s in to_do if not s.fault))
+                      n_rows=sum(s.n_rows for s in to_do if not s.fault), window_seconds=[model.audio.window_seconds for model in models])
         ensemble = Ensemble(models, classes, guard)
         file = begin_submission(options.out, soundscapes, classes, ensemble.prior, guard) if submission_too else None
         for result in score(to_do, ensemble, batch_size=options.batch_size or max(8, 2 * threads), overviews=bool(options.pictures)):

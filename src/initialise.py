@@ -61,7 +61,7 @@ def initialise(model: nn.Module, settings: TrainSettings, *, fold: int, classes:
                         f"there is {', '.join(list(tensors)[:LISTED]) or 'nothing'}; name a checkpoint of the same architecture")
     model.load_state_dict(model.state_dict() | fitting)
     report(file, wanted, fitting, head, len(tensors))
-    recipe = hashlib.sha256(json.dumps(comparable(config), sort_keys=True).encode()).hexdigest() if config else None
+    recipe = hashlib.sha256(json.dumps(comparable(config, between_folds=True), sort_keys=True).encode()).hexdigest() if config else None
     return {"sha256": sha256(file), "recipe_sha256": recipe}
 
 

@@ -32,7 +32,8 @@ def draw_spectrogram(axes: Axes, log_mel: np.ndarray, config: AudioConfig, secon
     low, high = np.percentile(log_mel, 5), log_mel.max()
     axes.imshow(log_mel, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, config.n_mels),
                 vmin=low, vmax=max(high, low + 1), interpolation="nearest")
-    hertz = np.array([500, 1000, 2000, 4000, 8000])
+    hertz = np.array([50, 100, 200, 500, 1000, 2000, 4000, 8000])
+    hertz = hertz[(hertz >= config.fmax / 32) & (hertz <= config.fmax)]
     axes.set_yticks(np.interp(_mel(hertz), np.linspace(_mel(config.fmin), _mel(config.fmax), config.n_mels + 2),
                               np.arange(-1.0, config.n_mels + 1)) + 0.5, [f"{h / 1000:g}k" for h in hertz])
 
@@ -62,11 +63,12 @@ def curves(path: Path, history: pd.DataFrame, heading: str) -> None:
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     figure.suptitle(heading)
     loss, scores, rate = figure.subplots(1, 3)
+    validated = history.dropna(subset="valid_loss")
     loss.plot(history.epoch, history.train_loss, label="training (augmented)")
-    loss.plot(history.epoch, history.valid_loss, label="held out")
+    loss.plot(validated.epoch, validated.valid_loss, marker=".", label="held out")
     loss.set(xlabel="epoch", title="binary cross-entropy", yscale="log")
-    scores.plot(history.epoch, history.valid_top1, label="top-1")
-    scores.plot(history.epoch, history.valid_macro_ap, label="macro AP")
+    scores.plot(validated.epoch, validated.valid_top1, marker=".", label="top-1")
+    scores.plot(validated.epoch, validated.valid_macro_ap, marker=".", label="macro AP")
     scores.set(xlabel="epoch", title="held out, first window of each recording", ylim=(0, 1))
     rate.plot(history.epoch, history.learning_rate, color="C2")
     rate.set(xlabel="epoch", title="learning rate at the epoch's end")
@@ -180,7 +182,7 @@ def per_class_chart(path: Path, table: pd.DataFrame, heading: str) -> None:
 def intervals(path: Path, panels: Sequence[tuple[str, Sequence[tuple[str, float, float, float]]]], heading: str) -> None:
     """Panels side by side with the same lines from top to bottom: (name, value, low, high); NaN where there is none."""
     names = [name for name, *_ in panels[0][1]]
-    figure = Figure(figsize=(2.2 + 3 * len(panels), 1.3 + 0.32 * len(names)), layout="constrained")
+    figure = Figure(figsize=(2.2 + 2.8 * len(panels), 1.6 + 0.34 * len(names)), layout="constrained")
     figure.suptitle(heading)
     for axes, (title, points) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
         value, low, high = np.array([point for _, *point in points], float).T
@@ -202,12 +204,13 @@ def lines(path: Path, panels: Sequence[tuple[str, dict[str, Sequence[tuple[float
             shifted = x * 1.03**number  # so that intervals do not hide each other
             axes.errorbar(shifted, value, yerr=np.nan_to_num([value - low, high - value]).clip(0), marker="o", markersize=4, capsize=3, label=plain(name, 40))
         ticks = sorted({point[0] for points in curves.values() for point in points})
-        axes.set(title=title, xscale="log", xlabel=x_label)
+        axes.set(title=title, xscale="log")
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         if len(curves) > 1:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, framealpha=0.6)
+    figure.supxlabel(x_label, fontsize=10)
     save(figure, path)
 
 

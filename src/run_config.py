@@ -13,7 +13,7 @@ from .console import UserError
 
 # Settings that may differ between a run and its continuation: where things are, and what executes them.
 ELSEWHERE = {"data", "folds", "cache", "run", "fold", "metadata", "noise", "device", "workers", "threads", "restart", "soft_labels", "init",
-             "checkpoint_seconds", "pictures", "cuda_graphs"}
+             "checkpoint_seconds", "validate_every", "waveform_memory", "pictures", "cuda_graphs"}
 
 
 def comparable(config: dict, *, between_folds: bool = False) -> dict:

@@ -43,8 +43,8 @@ class Ensemble:
 
     def starts(self, soundscape: Soundscape) -> dict[AudioConfig, np.ndarray]:
         plan = self.guard.plan
-        return {model.audio: submission.window_starts(soundscape.n_rows, model.audio.window_seconds, plan.hop_seconds)
-                for model in self.models[: plan.n_models]}
+        return {model.audio: submission.window_starts(soundscape.n_rows, model.audio.window_seconds, self.guard.hop_of(number, plan))
+                for number, model in enumerate(self.models[: plan.n_models])}
 
     def run(self, config: AudioConfig, windows: np.ndarray) -> bool:
         """One batch through the models of its recipe; False where the time does not suffice."""

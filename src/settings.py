@@ -9,17 +9,30 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from .console import UserError
+from .console import UserError, say
 
 T = TypeVar("T")
 STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
 
-def parse(cls: type[T], argv: list[str] | None, *, prog: str, description: str) -> T:
-    """An instance from flags; `--config FILE` gives a recipe (or a run's config.yaml), turned into flags before them."""
+def parse(cls: type[T], argv: list[str] | None, *, prog: str, description: str, of_data: str = "") -> T:
+    """An instance from flags; `--config FILE` gives a recipe (or a run's config.yaml), turned into flags before them.
+
+    `of_data` names a recipe that the first of the settings' data folders may hold, where src.prepare put it: it is read before all others.
+    """
     import sys
 
     argv = list(sys.argv[1:] if argv is None else argv)
+    settings = _parse(cls, argv, prog, description)
+    for recipe in [folder / of_data for folder in settings.data[:1]] if of_data else []:
+        if recipe.exists():
+            say(f"settings of the data set: {recipe}")
+            return _parse(cls, ["--config", str(recipe), *argv], prog, description)
+    return settings
+
+
+def _parse(cls: type[T], argv: list[str], prog: str, description: str) -> T:
+    argv = list(argv)
     defaults = flatten(cls())
     recipe: dict[str, Any] = {}
     while "--config" in argv:

@@ -53,9 +53,9 @@ def train_fold(settings: TrainSettings, fold: int, metadata: Metadata, folds: di
 
 @stage
 def main(argv: list[str] | None = None) -> None:
-    settings = parse(TrainSettings, argv, prog="python -m src.train", description=__doc__)
-    if settings.batch_size < 1 or settings.accumulate < 1 or settings.epochs < 1:
-        raise UserError("--batch-size, --accumulate and --epochs are at least 1")
+    settings = parse(TrainSettings, argv, prog="python -m src.train", description=__doc__, of_data="train.yaml")
+    if min(settings.batch_size, settings.accumulate, settings.epochs, settings.validate_every) < 1:
+        raise UserError("--batch-size, --accumulate, --epochs and --validate-every are at least 1")
     if not 0 < settings.train_share <= 1:
         raise UserError("--train-share is above 0 and at most 1")
     devices.keep_freed_memory()

@@ -10,10 +10,13 @@ from .augment import AugmentSettings
 from .losses import Loss
 from .metadata import SecondaryLabels
 from .models import ModelSettings
+from .models.asca import AscaSettings
 
 
 @dataclass(frozen=True)
 class TrainSettings:
+    """The defaults are the recipe for small data, found by measurement (benchmarks/results/recipe.md)."""
+
     data: tuple[Path, ...] = (Path("input/birdclef-2023"),)
     """Folders in BirdCLEF's layout; further ones are always in training."""
     folds: Path = Path("folds/birdclef-2023.csv")
@@ -28,19 +31,19 @@ class TrainSettings:
     model: str = "asca_nano"
     init: Path | None = None
     """Where the weights begin: a checkpoint file (.safetensors, .pth, .bin), or another run's folder; by default from scratch."""
-    epochs: int = 30
+    epochs: int = 60
     batch_size: int = 32
     """Crops of one optimiser step, over all processes."""
     accumulate: int = 1
     """Work through a batch in so many parts: a smaller GPU holds the same recipe."""
     learning_rate: float = 1e-3
     """At the end of the warm-up; a cosine takes it to 0."""
-    warmup_epochs: float = 2.0
+    warmup_epochs: float = 5.0
     weight_decay: float = 0.05
     """AdamW's, on weights of two or more dimensions."""
     clip_gradient: float = 1.0
     """The gradient's largest norm; 0: not clipped."""
-    ema_decay: float = 0.0
+    ema_decay: float = 0.99
     """Of the moving average of the weights, which is then what is scored and kept; it warms up from 0. 0: off."""
     weight_noise: float = 0.0
     """Gaussian noise on the weights while a step's gradient is computed, as a share of each tensor's root mean square (section 4.2). 0: off."""
@@ -77,9 +80,11 @@ class TrainSettings:
     """Of the CPU, for each process; 0: all cores, shared by the processes."""
     pictures: bool = True
     """Draw curves.png and first_batch.png: seconds a fold, many where the folds are many and short."""
+    validate_every: int = 1
+    """Score the held-out recordings after every so many epochs, and after the last: for epochs that are shorter than that."""
     checkpoint_seconds: float = 0.0
     """Save the state only after an epoch that ends so long after the last save: for short epochs of large networks. 0: after every one."""
     restart: bool = False
     """Begin anew, also where the run folder holds other settings."""
     augment: AugmentSettings = field(default_factory=AugmentSettings)
-    network: ModelSettings = field(default_factory=ModelSettings)
+    network: ModelSettings = field(default_factory=lambda: ModelSettings(drop_path=0.0, asca=AscaSettings(head="gem")))

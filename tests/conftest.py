@@ -19,7 +19,7 @@ from src.storage import write_json
 settings.register_profile("untimed", deadline=None)  # a busy machine is no fault
 settings.load_profile("untimed")
 
-TRAIN = ("--model", "asca_test", "--input-side", "64", "--epochs", "3", "--batch-size", "6", "--threads", "1", "--fold", "0")
+TRAIN = ("--model", "asca_test", "--input-side", "64", "--epochs", "3", "--batch-size", "6", "--threads", "1", "--fold", "0", "--weight-noise", "0.02")
 
 
 def make_data(root: Path, per_species: int = 6) -> pd.DataFrame:

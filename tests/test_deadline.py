@@ -52,6 +52,13 @@ def test_overlap_goes_first_then_members_from_the_last_then_soundscapes():
     assert hopeless.plans == [Plan(5.0, 1)] and 0 < hopeless.done < 1000 < everything
 
 
+def test_a_window_shorter_than_a_row_has_several_a_row():
+    guard = Guard(100.0, hop_seconds=5.0, full_hop_seconds=5.0, n_models=2, n_rows=10, window_seconds=[10.0, 1.0], clock=lambda: 0.0)
+    guard.model_ran(0, 1, 0.3)
+    guard.model_ran(1, 1, 0.2)
+    assert [guard.hop_of(model, guard.plan) for model in (0, 1)] == [5.0, 1.0] and guard.forecast(guard.plan) == pytest.approx(10 * (0.3 + 5 * 0.2))
+
+
 @settings(max_examples=60)
 @given(share=st.floats(0.05, 1.5), costs=st.lists(st.floats(0.02, 2.0), min_size=1, max_size=5), hop=st.sampled_from([1.0, 2.5, 5.0]),
        late=st.floats(0.3, 3.0))

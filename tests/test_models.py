@@ -4,14 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.models import settle, unreached
+from benchmarks.models import unreached
 from src.config import AudioConfig
 from src.console import UserError
 from src.export import assert_parity, write_onnx
 from src.models import MODELS, ModelSettings, create_model
-from src.models.asca import ASCA, VARIANTS, AscaSettings, DropPath
+from src.models.asca import ASCA, VARIANTS, AscaSettings, DropPath, RelativeAttention, RelativeBias, RelativeMlp
 from src.models.log_mel_input import LogMelInput
 from src.models.torchvision_guard import import_timm
+from src.network_cost import count_gmacs, cpu_windows_per_second, settle
 
 AUDIO = AudioConfig()
 
@@ -74,15 +75,13 @@ def test_asca_equals_timm_s_maxxvit_under_the_same_weights(settings):
         np.testing.assert_allclose(ours(x), theirs(x), atol=1e-5)
 
 
-@pytest.mark.parametrize(("variant", "millions", "gmacs"), [("test", 0.48, 0.22), ("pico", 10.0, 1.86), ("nano", 14.1, 2.34), ("0", 22.4, 3.97)])
-def test_sizes_are_coatnet_s(variant, millions, gmacs):
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = ASCA(variant, 264, side=224).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 1, 224, 224))
+@pytest.mark.parametrize(("variant", "patch", "millions", "gmacs"), [
+    ("test", 32, 0.48, 0.22), ("pico", 32, 10.0, 1.86), ("nano", 32, 14.1, 2.34), ("tiny", 32, 15.6, 2.90), ("0", 32, 22.4, 3.97), ("1", 32, 37.0, 6.79),
+    ("nano", 16, 14.1, 3.69), ("tiny", 16, 15.6, 4.28), ("0", 16, 22.4, 5.97)])
+def test_sizes_are_coatnet_s(variant, patch, millions, gmacs):
+    model = ASCA(variant, 264, side=224, settings=AscaSettings(attn_patch=patch)).eval()
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.03)
-    assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, rel=0.03)
+    assert count_gmacs(model, torch.zeros(1, 1, 224, 224)) == pytest.approx(gmacs, rel=0.03)
 
 
 @pytest.mark.parametrize(("patch", "tokens"), [(32, 16), (16, 64), (14, 81), (7, 324)])
@@ -93,15 +92,28 @@ def test_attn_patch_sets_the_number_of_tokens(patch, tokens):
 
 
 def test_relative_bias_depends_on_the_distance_alone():
-    from src.models.asca import RelativeBias
-
     bias = RelativeBias(4, 2)()[0].reshape(2, 4, 4, 4, 4)  # heads, row i, column i, row j, column j
     assert torch.equal(bias[:, 1, 1, 2, 3], bias[:, 0, 0, 1, 2]) and not torch.equal(bias[:, 1, 1, 2, 3], bias[:, 2, 3, 1, 1])
 
 
+def test_relative_positions_equal_timm_s_and_without_them_tokens_have_no_place():
+    import_timm()
+    from timm.layers import RelPosBias, RelPosMlp
+
+    for ours, theirs in ((RelativeBias(4, 2), RelPosBias((4, 4), 2)), (RelativeMlp(4, 2), RelPosMlp((4, 4), 2, hidden_dim=512).eval())):
+        ours.load_state_dict(theirs.state_dict(), strict=True)
+        assert torch.allclose(ours(), theirs.get_bias(), atol=1e-6)
+    x, order = torch.randn(1, 32, 1, 9), torch.randperm(9)
+    for rel_pos, placeless in (("none", True), ("mlp", False)):
+        attention = RelativeAttention(32, 64, 3, rel_pos)
+        moved, still = (attention(y.reshape(1, 32, 3, 3)).reshape(1, 64, 1, 9) for y in (x[..., order], x))
+        assert torch.allclose(moved, still[..., order], atol=1e-6) == placeless
+
+
 def test_unusable_sides_and_names_are_refused():
-    with pytest.raises(UserError, match="multiple of 32, not 112"):
-        create_model("asca_test", 5, AUDIO, ModelSettings(input_side=112))
+    for side in (112, -32):
+        with pytest.raises(UserError, match=f"multiple of 32, not {side}" if side > 0 else "at least one pixel"):
+            create_model("asca_test", 5, AUDIO, ModelSettings(input_side=side))
     for name, message in (("resnet", "choose one of asca_test"), ("timm:resnet19", "timm has no model resnet19; near it"),
                           ("timm:hf-hub:timm/resnet18", "timm has no model")):
         with pytest.raises(UserError, match=message):
@@ -152,3 +164,8 @@ def test_rivals_onnx_equals_torch_at_any_batch(tmp_path, name):
     assert_parity(model, tmp_path / "m.onnx", log_mel(8))
     with torch.no_grad():
         assert model(log_mel(8)).std(0).max() > 0.01
+
+
+def test_a_cpu_s_speed_is_measured():
+    rate = cpu_windows_per_second(create_model("asca_test", 5, AUDIO, ModelSettings(input_side=64)), AUDIO, threads=1, seconds=0.1)
+    assert 5 < rate < 5000

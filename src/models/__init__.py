@@ -82,6 +82,8 @@ def create_model(name: str, n_classes: int, audio: AudioConfig, settings: ModelS
     else:
         raise UserError(f"unknown model {name}; choose one of {', '.join(MODELS)} or timm:<one of timm's>")
     side = settings.input_side or usual_side
+    if side < 1:
+        raise UserError(f"--input-side {side}: a side has at least one pixel")
     try:
         network = construct(n_classes, side, settings)
     except ValueError as error:

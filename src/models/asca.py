@@ -1,24 +1,35 @@
 """ASCA, Audio Spectrogram Convolution Attention: a CoAtNet-like C-C-C-T network for log-mel spectrograms.
 
-After Li et al., "ASCA: Less Audio Data Is More Insightful". What is where:
+After Li et al., "ASCA: Less Audio Data Is More Insightful". What is where, and what it rests on:
 
+    224 x 224 input                             LogMelInput           section 3; the resize is ours
     S0 two-layer convolution stem               Stem                  section 3
     S1..S3 (C): inverted bottleneck x4 with     MBConv                section 3, its reference [33]
         squeeze-excitation and a residual join
     S4 (T): self-attention with a relative      Transformer           equations 1 and 3
         position term w_{i-j}                   RelativeAttention
     layout C-C-C-T (C-C-T-T, C-C-C-C)           `layout`              table 2
-    division of the input into 7..32 pixels     `attn_patch`          section 4.4.3, figure 3
-    random depth                                `drop_path`           section 4.2
-    batch norm in the attention stage           `attn_norm="bn"`      section 4.2
+    division of the input into 7..32 pixels     `attn_patch`          section 4.4.3, figure 3; as tokens of S4: ours
+    w_{i-j} as a table per head, or none        `rel_pos`             equations 3 and 2; "mlp": ours
+    batch norm in the attention stage           `attn_norm="bn"`      section 4.2; "ln": CoAtNet
+    expansion of the input's width              `expand_from="input"` section 3; "output": CoAtNet
+    random depth                                `drop_path`           section 4.2; the rate, 0.2: ours
+    weighted noise                              src/weight_noise.py   section 4.2, undefined there: ours
+    pre-training                                src/initialise.py     figure 2; from scratch: section 4.1
+    widths and depths                           VARIANTS              the paper is silent; 0 and 1: CoAtNet's, nano and pico: timm's,
+                                                                      tiny and test: ours
+    heads of 32, Q/K/V projections, scale       RelativeAttention     the paper is silent; CoAtNet's
+    activation; pooling of the shortcuts        `activation`, `pool`  the paper is silent; CoAtNet's (its pooling is "max")
+    norm, mean and linear layer at the end      `head`                the paper is silent; timm's; "gem" and "attention": ours
+    initial weights                             _initialise           the paper is silent; ours
 
-The paper is silent on widths, depths, heads, the Q/K/V projections, the scale, the head and most rates; they are
-CoAtNet's (Dai et al. 2021, as in timm's MaxxVit, whose parameter names are used here, so that its state dicts load)
-or ours, and every one is a setting. Needs torch alone: copy this file and use it.
+CoAtNet (Dai et al. 2021) is taken as timm's MaxxVit has it, with its parameter names, so that its state dicts load. Needs torch
+alone: copy this file and heads.py and use them.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal
 
@@ -192,15 +203,14 @@ class RelativeMlp(nn.Module):
 
     def __init__(self, side: int, heads: int, hidden: int = 512) -> None:
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(2, hidden), nn.Linear(hidden, heads)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(2, hidden), act=nn.ReLU(), fc2=nn.Linear(hidden, heads)))
         steps = torch.arange(1.0 - side, side)
         steps = steps.sign() * (1 + steps.abs()).log()
         self.register_buffer("distances", torch.cartesian_prod(steps, steps), persistent=False)  # ((2 side - 1)^2, 2)
         self.register_buffer("relative_position_index", _relative_index(side), persistent=False)
 
     def forward(self) -> Tensor:
-        table = self.fc2(F.relu(self.fc1(self.distances)))
-        return table[self.relative_position_index].permute(2, 0, 1).unsqueeze(0)
+        return self.mlp(self.distances)[self.relative_position_index].permute(2, 0, 1).unsqueeze(0)
 
 
 class RelativeAttention(nn.Module):
@@ -290,7 +300,7 @@ class ASCA(nn.Module):
         super().__init__()
         widths, depths, stem_widths, usual_side = VARIANTS[variant]
         side = side or usual_side
-        if side % 32:
+        if side < 32 or side % 32:
             raise ValueError(f"ASCA halves its input five times: the side must be a multiple of 32, not {side}")
         tokens = round(side / settings.attn_patch)  # a row of S4's tokens
         stride = 2 if settings.attn_patch == 32 else 1  # of S4

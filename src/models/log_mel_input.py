@@ -37,7 +37,10 @@ class LogMelInput(nn.Module):
                 x = x / (_mean(x.square()).sqrt() + 1.0)  # + 1 dB: silence stays zero
             else:
                 x = (x - EXPECTED_MEAN) / EXPECTED_STD
-            return self.rows @ x @ self.columns
+            x = self.rows @ x @ self.columns
+            # One channel leaves the memory format open, and convolutions whose weights do so too (NFNets standardise theirs) would
+            # compute in the slower one: these strides say channels_last. An exported graph has none of it.
+            return x.squeeze(1).unsqueeze(3).permute(0, 3, 1, 2) if self.training else x
 
 
 def _mean(x: Tensor) -> Tensor:

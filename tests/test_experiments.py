@@ -1,0 +1,197 @@
+"""The paper's tables on made data: real trainings in worker processes, interrupted, continued, failed, carried to another place."""
+
+import contextlib
+import io
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from sklearn.metrics import average_precision_score
+
+from src import experiments, folds
+from src.console import UserError
+from src.dataset import BalancedSampler, nested_share
+from src.experiment_report import interval
+from src.experiment_results import Results
+from src.experiments import ExperimentSettings, Plan, Workers, open_data, train_all
+from src.metadata import read_metadata
+from src.paper_tables import BUDGETS, FULL, SMALL, TABLES, Row, read_flags
+from src.run_config import read_config
+from tests.conftest import make_data
+
+TINY = ("--budget", "small", "--input-side", "64", "--epochs", "1", "--jobs", "1", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def birds(tmp_path_factory):
+    """A data set with folds of its own."""
+    root = tmp_path_factory.mktemp("sets") / "birds"
+    make_data(root)
+    assert folds.main(["--data", str(root), "--out", str(root / "folds.csv"), "--n-folds", "3"]) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def flags(birds):
+    root = birds.parent
+    return ["--data", str(birds), *TINY, "--runs", str(root / "runs"), "--cache", str(root / "cache"), "--results", str(root / "results")]
+
+
+@pytest.fixture(scope="module")
+def done(birds, flags):
+    """Table 2, interrupted after its first fold and continued; what each call said and left."""
+    said, table, over = [], birds.parent / "results/experiments.csv", threading.Event()
+
+    def interrupt() -> None:
+        while not table.exists() and not over.wait(0.01):
+            pass
+        if not over.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt).start()
+    for _ in range(2):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            code = experiments.main(["table2", *flags])
+        over.set()
+        said.append((out.getvalue(), code, pd.read_csv(table)))
+    return said
+
+
+def test_an_interrupted_table_goes_on(birds, done):
+    (_, code, first), (said, last_code, last) = done
+    assert code == 143 and 1 <= len(first) < 6
+    assert f"6 folds of 3 runs, {len(first)} finished, {6 - len(first)} to train" in said and last_code == 0 and len(last) == 6
+    columns = ["key", "seed", "fold", "top1", "train_seconds"]
+    assert first[columns].merge(last[columns]).equals(first[columns]), "finished folds were trained again"
+    assert not list((birds.parent / "runs").rglob("weights.safetensors")) and not list((birds.parent / "runs").rglob("*.partial"))
+    assert not multiprocessing.active_children()
+
+
+def test_the_table_s_numbers_are_those_of_the_predictions(birds, done):
+    results, metadata = birds.parent / "results", pd.read_csv(birds / "train_metadata.csv").set_index("filename").primary_label
+    table = pd.read_csv(results / "table2.csv")
+    scores = {}
+    for row, key in done[-1][2].groupby("row").key.first().items():
+        for fold in (0, 1):
+            oof = pd.read_csv(birds.parent / f"runs/birds/asca_test-{key}-seed0/fold{fold}/oof.csv", index_col=0)
+            truth = np.array([[label == name for name in oof] for label in metadata.loc[oof.index]])
+            scores.setdefault(row, []).append((truth[np.arange(len(oof)), oof.to_numpy().argmax(axis=1)].mean(), average_precision_score(truth, oof)))
+    for place, metric in enumerate(("top1", "macro_ap")):
+        for row, values in scores.items():
+            got = table[(table.row == row) & (table.metric == metric)].iloc[0]
+            mine, base = np.array(values)[:, place], np.array(scores["C-C-C-T (ASCA)"])[:, place]
+            assert got["mean"] == pytest.approx(mine.mean(), abs=1e-5) and got.trainings == 2
+            if row != "C-C-C-T (ASCA)":
+                expected = stats.ttest_rel(mine, base).confidence_interval() if np.ptp(mine - base) > 0 else (mine - base)[:2]
+                assert got.difference == pytest.approx((mine - base).mean(), abs=1e-5)
+                assert (got.difference_low, got.difference_high) == pytest.approx(tuple(expected), abs=1e-4)
+    text = (results / "table2.md").read_text()
+    assert "small budget: 64 x 64, 1 epoch" in text and "| C-C-T-T | 2 |" in text and "| 75.3 |" in text and (results / "table2.png").stat().st_size > 5000
+
+
+def test_results_are_carried_to_another_place(birds, done, tmp_path, capsys):
+    results = tmp_path / "results"
+    results.mkdir()
+    shutil.copy(birds.parent / "results/experiments.csv", results)
+    there = ["--runs", str(tmp_path / "runs"), "--cache", str(birds.parent / "cache"), "--results", str(results)]
+    assert experiments.main(["table2", "--data", str(birds), *TINY, *there]) == 0
+    assert "6 finished, 0 to train" in capsys.readouterr().out
+    for name in ("table2.md", "table2.csv"):
+        assert (results / name).read_bytes() == (birds.parent / "results" / name).read_bytes()
+        (results / name).unlink()
+    assert experiments.main(["table2", *TINY, "--only-report", "--results", str(results)]) == 0  # without the data
+    assert (results / "table2.csv").read_bytes() == (birds.parent / "results/table2.csv").read_bytes()
+    assert experiments.main(["figure3", *TINY, "--only-report", "--results", str(results)]) == 0
+    assert "| 16 x 16 | 0 of 2 | – |" in (results / "figure3.md").read_text() and "| 32 x 32 | 2 |" in (results / "figure3.md").read_text()
+
+
+def test_other_folds_under_the_same_name_are_refused(birds, done, tmp_path, capsys):
+    other = tmp_path / "birds"
+    shutil.copytree(birds, other)
+    table = pd.read_csv(other / "folds.csv")
+    table.assign(fold=(table.fold + 1) % 3).to_csv(other / "folds.csv", index=False)
+    assert experiments.main(["table2", "--data", str(other), *TINY, "--runs", str(tmp_path / "runs"), "--cache", str(birds.parent / "cache"),
+                             "--results", str(birds.parent / "results")]) == 1
+    assert "scores of another data set, split or audio recipe under the name birds" in capsys.readouterr().err
+
+
+def test_pre_training_goes_before_and_what_fails_or_dies_costs_itself_alone(birds, tmp_path, capsys):
+    shutil.copytree(birds, tmp_path / "more")
+    settings = ExperimentSettings(jobs=1, device="cpu", runs=tmp_path / "runs", cache=tmp_path / "cache", results=tmp_path / "results")
+    data = {folder.name: open_data(settings, folder, None, 1) for folder in (birds, tmp_path / "more")}
+    table = TABLES["figure2"](replace(SMALL, side=64, epochs=1), list(data))
+    rows = tuple(row for row in table.rows if row.name in ("ASCA from more, 50%", "ASCA, 50%"))
+    plan = Plan(settings, [replace(table, rows=tuple(replace(row, data="birds") if row.name == "ASCA, 50%" else row for row in rows))], data, (0,), set())
+    tuned = next(job for job in plan.todo.values() if job.needs)
+    assert len(plan.todo) == 3 and tuned.needs.cell.data == "more" and tuned.needs.argv[-2:] != tuned.argv[-2:]
+    workers = Workers(1)
+    workers.submit(tuned.needs)
+    for process in workers.processes:
+        os.kill(process.pid, signal.SIGKILL)
+    assert workers.next() == [(tuned.needs, None)] and len(workers.idle) == 1
+    workers.close()
+    bad, results = next(job for job in plan.todo.values() if not job.needs and job.cell.data == "birds"), Results(settings.results)
+    (bad.folder / "checkpoint.safetensors").parent.mkdir(parents=True)
+    (bad.folder / "checkpoint.safetensors").write_text("no tensors")
+    assert train_all(plan, results) == [bad] and len(results.table) == 2 and not multiprocessing.active_children()
+    said = capsys.readouterr().out
+    assert f"failed: ASCA, 50% on birds, seed 0, fold 0; see {bad.log}: " in said and "checkpoint.safetensors is damaged" in said
+    assert f"the weights begin from {tuned.needs.weights}" in tuned.log.read_text()
+    left = {path.name for path in tuned.folder.iterdir()}
+    assert {"oof.csv", "history.csv", "timing.json", "config.yaml", "log.txt"} <= left and not any(name.endswith((".png", ".safetensors")) for name in left)
+    assert results.table.set_index("data").training.to_dict() == {"birds": 12, "more": 6} and read_config(tuned.needs.folder)["recordings"]["training"] == 6
+
+
+def test_shares_are_nested_stratified_and_keep_the_number_of_steps(birds):
+    table = read_metadata([birds]).table
+    kept = {share: set(nested_share(table, share, 3).filename) for share in (0.01, 0.34, 0.5, 1.0)}
+    assert [len(names) for names in kept.values()] == [3, 6, 9, 18]
+    assert kept[0.01] < kept[0.34] < kept[0.5] < kept[1.0] and kept[0.5] != set(nested_share(table, 0.5, 4).filename)
+    assert set(nested_share(table, 0.34, 3).primary_label) == set(table.primary_label)
+    without_one = table[table.filename != min(kept[1.0] - kept[0.5])]
+    assert set(nested_share(without_one, 0.5, 3).filename) <= kept[0.5] | kept[1.0]
+    sampler = BalancedSampler(np.ones(3), 6, 0, n_crops=18)
+    assert [len(batch) for batch in sampler] == [6, 6, 6]
+
+
+def test_rows_that_train_the_same_are_one_run_and_every_row_s_flags_are_known():
+    for budget in BUDGETS.values():
+        tables = {name: make(budget, ["esc10", "birds"]) for name, make in TABLES.items()}
+        base = tables["table1"].rows[5].key("birds", {"birds"})
+        for name, row in (("table2", "C-C-C-T (ASCA)"), ("figure2", "ASCA"), ("figure3", "32 x 32"), ("section42", "ASCA")):
+            assert {one.name: one for one in tables[name].rows}[row].key("birds", {"birds"}) == base
+        keys = [row.key("birds", {"birds"}) for table in tables.values() for row in table.of("birds")]
+        assert len(set(keys)) == len(keys) - 5  # four times ASCA, once the baseline
+        silent = {row.name: row for row in tables["section42"].rows}["no background noise"]
+        assert silent.key("birds", {"birds"}) != base and silent.key("esc10", {"birds"}) == tables["table1"].rows[5].key("esc10", {"birds"})
+    assert Row("x", ("--epochs", "3", "--seed", "5", "--device", "cpu")).key("a", ()) == Row("y", ("--epochs", "3")).key("a", ())
+    assert FULL.epochs == read_flags(()).epochs
+    with pytest.raises(UserError, match="src.train does not take --no-such-flag"):
+        read_flags(("--no-such-flag", "1"))
+
+
+def test_intervals_are_student_s():
+    values = np.array([0.2, 0.4, 0.35, 0.3])
+    mean, low, high = interval(values)
+    assert (low, high) == pytest.approx(tuple(stats.ttest_1samp(values, 0).confidence_interval())) and mean == pytest.approx(0.3125)
+    assert np.isnan(interval(values[:1])[1:]).all() and np.isnan(interval(values[:0])).all()
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ([], "name one or more of table1"),
+    (["table1"], "--data names the data sets"),
+    (["table1", "--data", "a/x", "b/x"], "by different names"),
+    (["table1", "--data", "a/x", "--noise", "y=z"], "--noise y: write NAME=DIR"),
+    (["table1", "--data", "a/x", "--models", "vgg"], "--models vgg: table1 has no such row"),
+    (["table1", "--data", "no/where"], "could not be"),
+])
+def test_bad_input_is_one_line(words, message, tmp_path, capsys):
+    assert experiments.main([*words, "--runs", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache"), "--results", str(tmp_path)]) == 1
+    assert message in capsys.readouterr().err

@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         after_kill = [killed(root, moment, 2 * needed) for moment in rng.uniform(0, needed * 0.9, settings.kills)]
         n_valid = sum(valid for valid, _ in after_kill)
     text = "\n".join([
-        "# Deadline guard", "", about("python -m benchmarks.deadline " + " ".join(sys.argv[1:] if argv is None else argv)), "",
+        "# Deadline guard", "", about(" ".join(["python -m benchmarks.deadline", *(sys.argv[1:] if argv is None else argv)])), "",
         f"{settings.soundscapes} soundscapes of a minute, three models of {settings.layers} convolutions of 7 x 7, one thread, windows every 2.5 s; load "
         f"average {load:.1f} at the start. A limit is from the process's start; valid: complete, and passed by the validator.", "",
         f"**Limits:** valid and before the limit {n_good} times of {settings.limits}. **`kill -9`** at {settings.kills} random moments: a valid, complete "

@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
             tables.finish(soundscapes)
             say(f"wrote {options.tables}: {', '.join(name for name in options.format if name in detections.SUFFIXES) or 'pictures'}")
     failures = options.out.with_name(options.out.stem + "_failures.csv") if file else options.tables / "failures.csv"
-    list_failures(failures, soundscapes)
+    list_failures(failures, soundscapes, "hold the prior" if file else "hold no detection")
     return verdict(f"wrote {options.out}: {sum(s.n_rows for s in soundscapes)} rows x {len(classes)} species, ", file.write_and_check()) if file else 0
 
 
@@ -143,7 +143,8 @@ def open_tables(options: argparse.Namespace, models: list[OnnxModel], classes: S
                                       settings=settings, pictures=options.pictures, restart=options.restart)
 
 
-def list_failures(path: Path, soundscapes: list[Soundscape]) -> None:
+def list_failures(path: Path, soundscapes: list[Soundscape], fate: str) -> None:
+    """Writes the damaged and the unfinished; `fate`: what their missing rows do."""
     failed = [s for s in soundscapes if s.fault]
     if not failed:
         path.unlink(missing_ok=True)
@@ -153,9 +154,9 @@ def list_failures(path: Path, soundscapes: list[Soundscape]) -> None:
                      columns=["filename", "seconds_decoded", "cause"]).to_csv(partial, index=False, lineterminator="\n")
     late = sum(s.fault.startswith(TIME_WAS_UP) for s in failed)
     if late:
-        say(f"{TIME_WAS_UP} before {late} soundscape(s) were scored whole, listed in {path}; their missing rows hold the prior")
+        say(f"{TIME_WAS_UP} before {late} soundscape(s) were scored whole, listed in {path}; their missing rows {fate}")
     if len(failed) > late:
-        say(f"{len(failed) - late} damaged soundscape(s), listed in {path}; their missing stretches hold the prior")
+        say(f"{len(failed) - late} damaged soundscape(s), listed in {path}; their missing stretches {fate}")
 
 
 def begin_submission(path: Path, soundscapes: list[Soundscape], classes: Sequence[str], prior: np.ndarray, guard: Guard) -> submission.SubmissionFile:

@@ -1,4 +1,4 @@
-"""One fold of an experiment in a worker process: trained by src.train, its output in a log, scored, its cost counted."""
+"""Worker processes that train one fold of an experiment after the other: by src.train, its output in a log; scored, its cost counted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import os
 import signal
 import threading
 import traceback
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -107,3 +110,43 @@ def cost(model: str, n_classes: int, audio: str, network: ModelSettings) -> tupl
     config = AudioConfig.from_dict(audio)
     made = create_model(model, n_classes, config, replace(network, drop_path=0.0)).eval()
     return sum(p.numel() for p in made.parameters()), count_gmacs(made, made_log_mel(1, config))
+
+
+class Workers:
+    """One process a training, side by side and used again: the imports and the GPU's start are paid once. One that dies costs its training alone."""
+
+    def __init__(self, jobs: int) -> None:
+        self.idle = [self.new() for _ in range(jobs)]
+        self.busy: dict[Future, tuple[ProcessPoolExecutor, Job]] = {}
+        self.processes: set[BaseProcess] = set()
+
+    @staticmethod
+    def new() -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=begin)
+
+    def submit(self, job: Job) -> None:
+        worker, others = self.idle.pop(), set(multiprocessing.active_children())
+        self.busy[worker.submit(train_and_score, job)] = worker, job
+        self.processes |= set(multiprocessing.active_children()) - others  # it starts with its first training
+
+    def next(self) -> list[tuple[Job, dict | None]]:
+        """Waits for the next trainings to end: (job, its row or None)."""
+        ended = []
+        for future in wait(self.busy, return_when=FIRST_COMPLETED).done:
+            worker, job = self.busy.pop(future)
+            try:
+                ended.append((job, future.result()))
+            except BrokenProcessPool:
+                ended.append((job, None))
+                worker = self.new()
+            self.idle.append(worker)
+        return ended
+
+    def close(self) -> None:
+        """Ends what is still running; a training keeps its last checkpoint."""
+        for _ in range(2):  # first the trainings, which end well and leave their workers idle, then these
+            for process in self.processes:
+                process.terminate()
+            wait(self.busy)
+        for worker in [*self.idle, *(worker for worker, _ in self.busy.values())]:
+            worker.shutdown()

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import sys
 from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +23,7 @@ from .console import UserError, progress, say, stage
 from .devices import device_name
 from .experiment_report import write_report
 from .experiment_results import SPEED, Cell, Results, read_table, write_table
-from .experiment_training import Job, begin, train_and_score
+from .experiment_training import Job, Workers
 from .folds import read_folds
 from .models import create_model
 from .network_cost import cpu_windows_per_second
@@ -168,46 +164,6 @@ class Plan:
 def share_of_machine(settings: ExperimentSettings) -> tuple[object, ...]:
     cores = max(1, (os.cpu_count() or 1) // settings.jobs)
     return ("--threads", cores, "--workers", 0 if settings.device == "cpu" else min(8, cores))
-
-
-class Workers:
-    """One process a training, side by side and used again: the imports and the GPU's start are paid once. One that dies costs its training alone."""
-
-    def __init__(self, jobs: int) -> None:
-        self.idle = [self.new() for _ in range(jobs)]
-        self.busy: dict[Future, tuple[ProcessPoolExecutor, Job]] = {}
-        self.processes: set[BaseProcess] = set()
-
-    @staticmethod
-    def new() -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=begin)
-
-    def submit(self, job: Job) -> None:
-        worker, others = self.idle.pop(), set(multiprocessing.active_children())
-        self.busy[worker.submit(train_and_score, job)] = worker, job
-        self.processes |= set(multiprocessing.active_children()) - others  # it starts with its first training
-
-    def next(self) -> list[tuple[Job, dict | None]]:
-        """Waits for the next trainings to end: (job, its row or None)."""
-        ended = []
-        for future in wait(self.busy, return_when=FIRST_COMPLETED).done:
-            worker, job = self.busy.pop(future)
-            try:
-                ended.append((job, future.result()))
-            except BrokenProcessPool:
-                ended.append((job, None))
-                worker = self.new()
-            self.idle.append(worker)
-        return ended
-
-    def close(self) -> None:
-        """Ends what is still running; a training keeps its last checkpoint."""
-        for _ in range(2):  # first the trainings, which end well and leave their workers idle, then these
-            for process in self.processes:
-                process.terminate()
-            wait(self.busy)
-        for worker in [*self.idle, *(worker for worker, _ in self.busy.values())]:
-            worker.shutdown()
 
 
 def train_all(plan: Plan, results: Results) -> list[Job]:

@@ -20,7 +20,8 @@ from src.console import UserError
 from src.dataset import BalancedSampler, nested_share
 from src.experiment_report import interval
 from src.experiment_results import Results
-from src.experiments import ExperimentSettings, Plan, Workers, open_data, train_all
+from src.experiment_training import Workers
+from src.experiments import ExperimentSettings, Plan, open_data, train_all
 from src.metadata import read_metadata
 from src.paper_tables import BUDGETS, FULL, PAPER, SMALL, Row, read_flags
 from src.run_config import read_config

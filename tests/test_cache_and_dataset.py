@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from src import audio, cache
-from src.augment import AugmentSettings, SpecAugment, WaveformAugment, draw_mixup, mix
+from src.augment import AugmentSettings, SpecAugment, WaveformAugment, draw_mixup, mel_shift, mix
 from src.cache import Cache
 from src.console import UserError
 from src.dataset import BalancedSampler, Crops, HeldOutWindows, as_is, sampling_share, to_log_mel
@@ -129,7 +129,7 @@ def test_the_waveform_path_gives_the_cache_s_frames(tmp_path, rate, memory):
     if memory:
         soundfile.write(crops.paths[5], waveform(4, rate), rate)
         with pytest.raises(RuntimeError, match="readable when it was cached, and is not now: its length is another one"):
-            crops.waveform_crop(5, 0, None)
+            crops.waveform_crop(5, 0, 500, None)
 
 
 def test_items_do_not_depend_on_the_workers_or_the_memory(data, cached):
@@ -145,6 +145,27 @@ def test_items_do_not_depend_on_the_workers_or_the_memory(data, cached):
     assert crops.waveforms.lengths.any() and from_files.waveforms.samples is None
     sampler.epochs = range(1, 2)
     assert not torch.equal(batches[0], torch.cat([b["crop"] for b in DataLoader(crops, batch_sampler=sampler, collate_fn=as_is)]))
+
+
+def test_the_mel_axis_moves_by_at_most_so_many_bins():
+    crop, moved = np.arange(128, dtype=np.uint8)[None].repeat(3, axis=0), set()
+    for seed in range(40):
+        shifted = mel_shift(crop, 2, np.random.default_rng(seed)).astype(int)
+        moved.add(20 - int(shifted[0, 20]))
+        assert (shifted == (np.arange(128) - (20 - shifted[0, 20])).clip(0, 127)).all()
+    assert moved == {-2, -1, 0, 1, 2}
+
+
+def test_a_longer_stretch_becomes_a_faster_window(data, cached):
+    """Frames that count up one by one: within a stretched window they count up by the factor, from 1 / 1.5 to 1.5."""
+    crops = crops_of(data, cached, stretch=0.5, mel_shift_bins=0, roll_probability=0, filter_db=0, spec_augment_probability=0, waveform_probability=0)
+    row = int(np.argmax([crops.cache.n_frames(name) for name in crops.names]))
+    counted = np.linspace(0, 255, crops.cache.n_frames(crops.names[row])).astype(np.uint8)[:, None].repeat(128, axis=1)
+    crops.cache.read = lambda name, start=0, n=None: counted[start:] if n is None else counted[start : start + n]
+    step = 255 / len(counted)
+    factors = [np.diff(crops.crop(0, place, row)[:, 0].astype(int)).clip(0).sum() / 499 / step for place in range(40)]
+    assert min(factors) < 0.8 and max(factors) > 1.2
+    assert min(factors) > 1 / 1.5 - 0.05 and max(factors) < 1.5 + 0.05
 
 
 def test_rare_species_are_drawn_more_often_than_their_share():

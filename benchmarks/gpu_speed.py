@@ -54,7 +54,7 @@ class SpeedSettings:
     compile: bool = False
     """The same with torch.compile: about a minute more for each model."""
     search: bool = False
-    """cuDNN's search for its fastest kernels, which src.train leaves out: it can take a minute."""
+    """cuDNN's search for its fastest kernels, which src.train leaves out: it can take most of a minute a network."""
     matrix_side: int = 8192
     """Of the matrix product that gives the peak."""
     data: tuple[Path, ...] = ()

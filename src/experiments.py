@@ -98,6 +98,8 @@ def noise_of(settings: ExperimentSettings, names: list[str]) -> dict[str, Path]:
 
 def open_data(settings: ExperimentSettings, folder: Path, noise: Path | None, n_folds: int) -> DataSet:
     """Makes what a data set lacks: its folds, its cache."""
+    if not (folder / "train_metadata.csv").exists():
+        raise UserError(f"--data {folder}: no train_metadata.csv there; make the folder with python -m src.prepare")
     name, folds = folder.absolute().name, folder / "folds.csv"
     if not folds.exists():
         folds = settings.runs / name / "folds.csv"

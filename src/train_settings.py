@@ -59,7 +59,7 @@ class TrainSettings:
     secondary_weight: float = 0.5
     """The target of a soft secondary label."""
     soft_labels: Path | None = None
-    """Probabilities to train on beside the labels, from python -m src.soft_labels."""
+    """Probabilities to train on beside the labels, from python -m src.distil."""
     soft_weight: float = 0.5
     """Of a soft label in a labelled recording's target; an unlabelled one's target is the soft label."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

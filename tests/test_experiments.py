@@ -192,7 +192,7 @@ def test_intervals_are_student_s():
     (["table1", "--data", "a/x", "b/x"], "by different names"),
     (["table1", "--data", "a/x", "--noise", "y=z"], "--noise y: write NAME=DIR"),
     (["table1", "--data", "a/x", "--models", "vgg"], "--models vgg: table1 has no such row"),
-    (["table1", "--data", "no/where"], "could not be"),
+    (["table1", "--data", "no/where"], "no/where: no train_metadata.csv there; make the folder with python -m src.prepare"),
 ])
 def test_bad_input_is_one_line(words, message, tmp_path, capsys):
     assert experiments.main([*words, "--runs", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache"), "--results", str(tmp_path)]) == 1

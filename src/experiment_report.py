@@ -101,7 +101,8 @@ def write_report(table: Table, budget: Budget, names: Sequence[str], results: Re
     if not any(len(found) for part in parts for found in part.found.values()):
         return False
     write_table(folder / f"{table.name}.csv", pd.DataFrame([row for part in parts for row in part.long()]))
-    heading = f"{table.title} ({budget.name} budget: {budget.side} x {budget.side}, {budget.epochs} epoch{'s' if budget.epochs > 1 else ''})"
+    heading = (f"{table.title} ({budget.name} budget: {budget.side} x {budget.side}, {budget.epochs} epoch{'s' if budget.epochs > 1 else ''} "
+               f"in batches of {budget.batch})")
     draw(folder / f"{table.name}.png", table, parts, heading)
     bases = sorted({row.against for row in table.rows})
     base = bases[0] if len(bases) == 1 else "ASCA (a baseline's: minus ASCA at the same share)"

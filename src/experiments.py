@@ -45,7 +45,8 @@ class ExperimentSettings:
     noise: tuple[str, ...] = ()
     """NAME=DIR: background noise for the data set of that name. Mind that public noise is often cut from ESC-50."""
     budget: Literal["full", "small"] = "full"
-    """full: the published sizes at 224 x 224, all folds, three seeds. small: each one's smallest variant at 128 x 128, 15 epochs, two folds, one seed."""
+    """full: the published sizes at 224 x 224, all folds, three seeds.
+    small: each one's smallest variant at 128 x 128, 15 epochs in batches of 8, two folds, one seed."""
     seeds: tuple[int, ...] = ()
     """By default the budget's; so are the next four."""
     epochs: int = 0

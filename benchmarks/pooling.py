@@ -8,7 +8,6 @@ import numpy as np
 from scipy.ndimage import convolve1d
 
 from src import submission
-from src.submission import ROW_SECONDS
 
 HOPS = (5.0, 2.5, 1.25)  # seconds
 SMOOTH = (0.25, 0.5, 0.25)  # of the row before, the row, the row after
@@ -17,7 +16,7 @@ SMOOTH = (0.25, 0.5, 0.25)  # of the row before, the row, the row after
 @dataclass(frozen=True)
 class Option:
     hop: float = 5.0
-    pooling: str = "mean"  # by overlap, as src.submission; max: over the windows that overlap the row at least half as long as the best one
+    pooling: str = "mean"  # of src.submission
     smooth: bool = False
 
     def __str__(self) -> str:
@@ -25,7 +24,7 @@ class Option:
 
 
 BASE = Option()
-OPTIONS = tuple(Option(hop, pooling, smooth) for smooth in (False, True) for hop in HOPS for pooling in ("mean", "max")
+OPTIONS = tuple(Option(hop, pooling, smooth) for smooth in (False, True) for hop in HOPS for pooling in submission.POOLINGS
                 if (hop, pooling) != (5.0, "max"))  # one window a row is its own maximum
 
 
@@ -38,10 +37,5 @@ def rows(windows: np.ndarray, n: int, window_seconds: float, option: Option) -> 
     """(windows at `window_starts`, C) -> (n, C) float32."""
     starts = submission.window_starts(n, window_seconds, min(option.hop, window_seconds))
     windows = windows[np.searchsorted(window_starts(n, window_seconds), starts)]
-    if option.pooling == "mean":
-        pooled = submission.rows_from_windows(windows, starts, window_seconds, n)
-    else:
-        begin = np.arange(n)[:, None] * ROW_SECONDS
-        overlap = np.minimum(begin + ROW_SECONDS, starts + window_seconds) - np.maximum(begin, starts)
-        pooled = np.stack([windows[near].max(axis=0) for near in overlap >= overlap.max(axis=1, keepdims=True) / 2])
+    pooled = submission.rows_from_windows(windows, starts, window_seconds, n, option.pooling)
     return convolve1d(pooled, SMOOTH, axis=0, mode="nearest") if option.smooth else pooled

@@ -96,29 +96,35 @@ class DataTable:
 
 def write_report(table: Table, budget: Budget, names: Sequence[str], results: Results, noisy: Collection[str], folder: Path) -> bool:
     """Writes <folder>/<table>.md, .csv and .png from what experiments.csv holds; what is not trained yet is a dash. False: nothing of it is."""
+    stem = stem_of(table, budget)
     speeds = read_table(folder / "experiments_speed.csv", SPEED)
     parts = [DataTable(table, budget, data, results, noisy, speeds) for data in names]
     if not any(len(found) for part in parts for found in part.found.values()):
         return False
-    write_table(folder / f"{table.name}.csv", pd.DataFrame([row for part in parts for row in part.long()]))
+    write_table(folder / f"{stem}.csv", pd.DataFrame([row for part in parts for row in part.long()]))
     heading = (f"{table.title} ({budget.name} budget: {budget.side} x {budget.side}, {budget.epochs} epoch{'s' if budget.epochs > 1 else ''} "
                f"in batches of {budget.batch})")
-    draw(folder / f"{table.name}.png", table, parts, heading)
+    draw(folder / f"{stem}.png", table, parts, heading)
     bases = sorted({row.against for row in table.rows})
     base = bases[0] if len(bases) == 1 else "ASCA (a baseline's: minus ASCA at the same share)"
     lines = [f"# {heading}", "", f"`{command(table, budget)}`. {setting(parts, budget, speeds)}", "", table.note, "",
              "Top-1 and macro AP of the held-out recordings (a recording's probability is the mean over its windows): the mean over folds and seeds, and where "
              "all are there, the 95 % interval of Student's t over them. Folds share training recordings and seeds share folds, so the intervals are rather "
              "too narrow. "
-             f"Difference: the row minus {base}, paired by fold and seed. Padded cmAP, LRAP and ROC-AUC are in [{table.name}.csv]({table.name}.csv). "
+             f"Difference: the row minus {base}, paired by fold and seed. Padded cmAP, LRAP and ROC-AUC are in [{stem}.csv]({stem}.csv). "
              f"ASCA is `{budget.models[-1]}`."]
     if table.paper:
         lines += ["", "The paper's figures (its table of the same number, mAP) are for other data, sizes and a test set of its own: they show its ranking, "
                   "not what these runs should reach."]
     for part in parts:
         lines += part.markdown(table.paper)
-    write_text(folder / f"{table.name}.md", "\n".join([*lines, "", f"![{table.title}]({table.name}.png)", ""]))
+    write_text(folder / f"{stem}.md", "\n".join([*lines, "", f"![{table.title}]({stem}.png)", ""]))
     return True
+
+
+def stem_of(table: Table, budget: Budget) -> str:
+    """The files' name: a small table does not take a full one's place."""
+    return table.name if budget.name == "full" else f"{table.name}_{budget.name}"
 
 
 def command(table: Table, budget: Budget) -> str:

@@ -21,7 +21,7 @@ from .cache import Cache
 from .config import AudioConfig
 from .console import UserError, progress, say, stage
 from .devices import device_name
-from .experiment_report import write_report
+from .experiment_report import stem_of, write_report
 from .experiment_results import SPEED, Cell, Results, read_table, write_table
 from .experiment_training import Job, Workers
 from .folds import read_folds
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         measure_speed(settings, tables)
     for table in tables:
         written = write_report(table, budget, names, results, noise.keys() if settings.data else results.noisy(), settings.results)
-        say(f"wrote {settings.results / table.name}.md, .csv and .png" if written else f"{table.name}: nothing of it is trained under this budget")
+        say(f"wrote {settings.results / stem_of(table, budget)}.md, .csv and .png" if written else f"{table.name}: nothing of it is trained under this budget")
     if failed:
         say(f"{len(failed)} trainings failed; the same command tries them again")
     return int(bool(failed))

@@ -49,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("submissions/asca.csv"), help="the submission (default: submissions/asca.csv)")
     add("--sample", type=Path, help="sample submission that gives the columns (default: the one beside the soundscapes' folder)")
     add("--hop-seconds", type=float, default=submission.ROW_SECONDS, help="between windows; under 5 they overlap (default: 5, or the window if shorter)")
+    add("--pooling", choices=submission.POOLINGS, default="mean", help="of the windows that overlap a row: their mean, weighted by the overlap, or of those "
+        "that lie mostly in it the maximum (default: mean)")
     add("--expected-seconds", type=float, help="length of a file whose header is unreadable (default: the competition's)")
     add("--batch-size", type=int, default=0, help="windows handed to the model at once; 0: two a thread, at least 8 (default: 0)")
     add("--threads", type=int, default=0, help="of the model; 0: all cores (default: 0)")
@@ -114,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         seconds = options.started + 60 * options.time_limit - time.time() if options.time_limit else None
         guard = Guard(seconds, hop_seconds=options.hop_seconds, full_hop_seconds=submission.ROW_SECONDS, n_models=len(models),
                       n_rows=sum(s.n_rows for s in to_do if not s.fault), window_seconds=[model.audio.window_seconds for model in models])
-        ensemble = Ensemble(models, classes, guard)
+        ensemble = Ensemble(models, classes, guard, options.pooling)
         file = begin_submission(options.out, soundscapes, classes, ensemble.prior, guard) if submission_too else None
         for result in score(to_do, ensemble, batch_size=options.batch_size or max(8, 2 * threads), overviews=bool(options.pictures)):
             soundscape = to_do[result.number]
@@ -137,7 +139,7 @@ def open_tables(options: argparse.Namespace, models: list[OnnxModel], classes: S
     names = detections.read_names(options.taxonomy, options.soundscapes)
     thresholds = detections.choose_thresholds(classes, names, threshold=options.threshold, per_species=options.thresholds, species=options.species)
     settings = {"models": [sha256(model.path) for model in models], "precision": options.precision, "hop_seconds": options.hop_seconds,
-                "recursive": options.recursive}
+                "pooling": options.pooling, "recursive": options.recursive}
     formats = [name for name in detections.SUFFIXES if name in options.format]
     return detections.DetectionTables(options.tables, options.soundscapes, formats, classes, thresholds, names, config=models[0].audio,
                                       settings=settings, pictures=options.pictures, restart=options.restart)

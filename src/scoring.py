@@ -34,8 +34,8 @@ class Scored:
 class Ensemble:
     """The models with their classes in one order, run under the guard."""
 
-    def __init__(self, models: list[OnnxModel], classes: Sequence[str], guard: Guard) -> None:
-        self.models, self.guard = models, guard
+    def __init__(self, models: list[OnnxModel], classes: Sequence[str], guard: Guard, pooling: str = "mean") -> None:
+        self.models, self.guard, self.pooling = models, guard, pooling
         self.order = [[model.classes.index(label) for label in classes] for model in models]
         self.prior = np.mean([model.prior[order] for model, order in zip(models, self.order)], axis=0)
         self.halt = onnxruntime.RunOptions()  # ends a call that would outlast the time
@@ -70,7 +70,7 @@ class Ensemble:
         total, count = np.zeros((n, len(self.prior)), np.float32), np.zeros((n, 1), np.float32)
         for model, batches in zip(self.models, self.pending):
             if batches:
-                of_model = submission.rows_from_windows(np.concatenate(batches), soundscape.starts[model.audio], model.audio.window_seconds, n)
+                of_model = submission.rows_from_windows(np.concatenate(batches), soundscape.starts[model.audio], model.audio.window_seconds, n, self.pooling)
                 reached = ~np.isnan(of_model[:, :1])
                 total, count = total + np.where(reached, of_model, 0), count + reached
         known = (count[:, 0] > 0) & (np.arange(n) * submission.ROW_SECONDS < soundscape.seconds_decoded)

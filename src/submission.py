@@ -15,6 +15,7 @@ from .metadata import read_csv
 from .storage import atomic, write_text
 
 ROW_SECONDS = 5.0
+POOLINGS = ("mean", "max")
 WRITE_EVERY = 10.0  # seconds between interim submissions, at least
 LARGEST = 1 - 2.0**-24  # the largest float32 under 1: the padded cmAP punishes a probability of exactly 1
 
@@ -34,8 +35,9 @@ def window_starts(n: int, window_seconds: float, hop_seconds: float) -> np.ndarr
     return np.arange(1 + int(np.ceil(uncovered / hop_seconds - 1e-9))) * hop_seconds
 
 
-def rows_from_windows(probability: np.ndarray, starts: np.ndarray, window_seconds: float, n: int) -> np.ndarray:
-    """(k, C) of the first k windows -> (n, C): each row is its windows' mean, weighted by the seconds of overlap.
+def rows_from_windows(probability: np.ndarray, starts: np.ndarray, window_seconds: float, n: int, pooling: str = "mean") -> np.ndarray:
+    """(k, C) of the first k windows -> (n, C): each row is its windows' mean, weighted by the seconds of overlap; or (max) the highest of
+    those windows that overlap it at least half as long as the longest one.
 
     Rows that none of them reaches are NaN. A hundred rows at a time, so that hours need no n x k table.
     """
@@ -45,9 +47,13 @@ def rows_from_windows(probability: np.ndarray, starts: np.ndarray, window_second
         near = slice(*np.searchsorted(starts, [begin[0, 0] - window_seconds, begin[-1, 0] + ROW_SECONDS]))
         overlap = np.minimum(begin + ROW_SECONDS, starts[near] + window_seconds) - np.maximum(begin, starts[near])
         overlap = np.where(overlap > 1e-6, overlap, 0.0)  # (<= 100, windows near them)
-        total = overlap.sum(axis=1, keepdims=True)
-        reached = total[:, 0] > 0
-        rows[first : first + 100][reached] = overlap[reached] / total[reached] @ probability[near]
+        reached = overlap.any(axis=1)
+        overlap = overlap[reached]
+        if pooling == "max":
+            pooled = np.array([probability[near][chosen].max(axis=0) for chosen in overlap >= overlap.max(axis=1, keepdims=True, initial=0) / 2])
+        else:
+            pooled = overlap / overlap.sum(axis=1, keepdims=True) @ probability[near]
+        rows[first : first + 100][reached] = pooled.reshape(-1, rows.shape[1])
     return rows
 
 

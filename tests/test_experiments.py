@@ -77,7 +77,7 @@ def test_an_interrupted_table_goes_on(birds, done):
 
 def test_the_table_s_numbers_are_those_of_the_predictions(birds, done):
     results, metadata = birds.parent / "results", pd.read_csv(birds / "train_metadata.csv").set_index("filename").primary_label
-    table = pd.read_csv(results / "table2.csv")
+    table = pd.read_csv(results / "table2_small.csv")
     scores = {}
     for row, key in done[-1][2].groupby("row").key.first().items():
         for fold in (0, 1):
@@ -93,9 +93,9 @@ def test_the_table_s_numbers_are_those_of_the_predictions(birds, done):
                 expected = stats.ttest_rel(mine, base).confidence_interval() if np.ptp(mine - base) > 0 else (mine - base)[:2]
                 assert got.difference == pytest.approx((mine - base).mean(), abs=1e-5)
                 assert (got.difference_low, got.difference_high) == pytest.approx(tuple(expected), abs=1e-4)
-    text = (results / "table2.md").read_text()
-    assert "`python -m src.experiments table2 --budget small --epochs 1 --input-side 64`" in text and "small budget: 64 x 64, 1 epoch" in text
-    assert "| C-C-T-T | 2 |" in text and "| 75.3 |" in text and (results / "table2.png").stat().st_size > 5000
+    text = (results / "table2_small.md").read_text()
+    assert "`python -m src.experiments table2 --budget small --epochs 1 --input-side 64`" in text and "small budget: 64 x 64, 1 epoch in batches of 8)" in text
+    assert "| C-C-T-T | 2 |" in text and "| 75.3 |" in text and (results / "table2_small.png").stat().st_size > 5000
 
 
 def test_results_are_carried_to_another_place(birds, done, tmp_path, capsys):
@@ -105,13 +105,13 @@ def test_results_are_carried_to_another_place(birds, done, tmp_path, capsys):
     there = ["--runs", str(tmp_path / "runs"), "--cache", str(birds.parent / "cache"), "--results", str(results)]
     assert experiments.main(["table2", "--data", str(birds), *TINY, *there]) == 0
     assert "6 finished, 0 to train" in capsys.readouterr().out
-    for name in ("table2.md", "table2.csv"):
+    for name in ("table2_small.md", "table2_small.csv"):
         assert (results / name).read_bytes() == (birds.parent / "results" / name).read_bytes()
         (results / name).unlink()
     assert experiments.main(["table2", *TINY, "--only-report", "--results", str(results)]) == 0  # without the data
-    assert (results / "table2.csv").read_bytes() == (birds.parent / "results/table2.csv").read_bytes()
+    assert (results / "table2_small.csv").read_bytes() == (birds.parent / "results/table2_small.csv").read_bytes()
     assert experiments.main(["figure3", *TINY, "--only-report", "--results", str(results)]) == 0
-    assert "| 16 x 16 | 0 of 2 | – |" in (results / "figure3.md").read_text() and "| 32 x 32 | 2 |" in (results / "figure3.md").read_text()
+    assert "| 16 x 16 | 0 of 2 | – |" in (results / "figure3_small.md").read_text() and "| 32 x 32 | 2 |" in (results / "figure3_small.md").read_text()
 
 
 def test_other_folds_under_the_same_name_are_refused(birds, done, tmp_path, capsys):

@@ -63,18 +63,22 @@ def test_runs_of_different_recipes_are_averaged(tmp_path, data, run, soundscapes
 
 def test_overlapping_windows_keep_the_rows(tmp_path, run, soundscapes):
     one, overlapped = score(run, soundscapes, tmp_path / "a.csv"), score(run, soundscapes, tmp_path / "b.csv", "--hop-seconds", "2.5")
+    highest = score(run, soundscapes, tmp_path / "c.csv", "--hop-seconds", "2.5", "--pooling", "max")
     assert one.index.equals(overlapped.index) and np.abs(one - overlapped).to_numpy().max() > 1e-5
+    assert (highest >= np.maximum(one, overlapped) - 1e-6).to_numpy().all() and (highest > overlapped + 1e-5).to_numpy().any()
 
 
 @given(n=st.integers(1, 40), window=st.sampled_from([2.0, 5.0, 10.0]), hop=st.sampled_from([1.0, 2.0, 2.5, 5.0]))
-def test_windows_cover_every_row_and_rows_are_means_by_overlap(n, window, hop):
+def test_windows_cover_every_row_and_rows_are_means_by_overlap_or_maxima(n, window, hop):
     starts = submission.window_starts(n, window, min(hop, window))
     probability = np.arange(len(starts), dtype=float)[:, None]
     rows = submission.rows_from_windows(probability, starts, window, n)
+    highest = submission.rows_from_windows(probability, starts, window, n, "max")
     grid = np.arange(0, n * 5, 0.5) + 0.25  # an independent integral: the mean over half seconds of the windows above each
     for k in range(n):
         weights = np.array([sum(s <= t < s + window for t in grid[10 * k : 10 * k + 10]) for s in starts], float)
         assert rows[k, 0] == pytest.approx((weights @ probability[:, 0]) / weights.sum(), abs=1e-4)
+        assert highest[k, 0] == probability[weights >= weights.max() / 2].max()
     if window == 5.0 == hop:
         assert rows[:, 0].tolist() == list(range(n))
 

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from .console import UserError
@@ -14,9 +15,19 @@ from .metrics import NAMES
 from .storage import atomic
 
 COLUMNS = ["data", "split", "key", "row", "noise", "seed", "fold", "held_out", "training", *NAMES, "parameters", "gmacs", "train_seconds", "device", "jobs",
-           "network", "epochs", "input_side", "commit"]
-TEXTS = {"data", "split", "key", "row", "noise", "device", "network", "commit"}
+           "network", "epochs", "input_side", "commit", "hits"]
+TEXTS = {"data", "split", "key", "row", "noise", "device", "network", "commit", "hits"}
 SPEED = ["network", "windows_per_second", "threads", "device"]
+
+
+def packed(hits: np.ndarray) -> str:
+    """(n,) 0 or 1 (top-1 is right; 0 where a recording has no label) of the held-out recordings, sorted by name -> hexadecimal digits."""
+    return np.packbits(hits > 0.5).tobytes().hex()
+
+
+def unpacked(text: str, n: int) -> np.ndarray:
+    """(n,) 0 or 1; NaN where nothing was kept."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=n).astype(float) if text else np.full(n, np.nan)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from . import metrics, train
 from .config import AudioConfig
 from .evaluate import read_oof, truth_of
-from .experiment_results import Cell
+from .experiment_results import Cell, packed
 from .metadata import read_metadata
 from .models import ModelSettings, create_model
 from .network_cost import count_gmacs, made_log_mel
@@ -93,15 +93,17 @@ def train_and_score(job: Job) -> dict | None:
 
 def score(job: Job) -> dict:
     config, settings = read_config(job.folder), job.row.settings()
-    table, metadata = read_oof(job.folder, config["classes"]), read_metadata([job.data])
-    found = metrics.score(truth_of(table.filename, metadata, config), table[config["classes"]].to_numpy(), resamples=0)
+    table, metadata = read_oof(job.folder, config["classes"]).sort_values("filename"), read_metadata([job.data])
+    truth, probability = truth_of(table.filename, metadata, config), table[config["classes"]].to_numpy()
+    found = metrics.score(truth, probability, resamples=0)
     parameters, gmacs = cost(settings.model, len(config["classes"]), json.dumps(config["audio"]), settings.network)
     timing = json.loads((job.folder / "timing.json").read_text(encoding="utf-8"))
     cell = job.cell
     return {"data": cell.data, "split": job.split, "key": cell.key, "row": job.row.name, "noise": str(job.noise is not None), "seed": cell.seed,
             "fold": cell.fold, "held_out": len(table), "training": config["recordings"]["training"], **{name: found[name].value for name in metrics.NAMES},
             "parameters": parameters, "gmacs": gmacs, "train_seconds": sum(timing["seconds"]), "device": timing["device"], "jobs": job.jobs,
-            "network": job.row.network(), "epochs": settings.epochs, "input_side": settings.network.input_side, "commit": config["versions"]["commit"]}
+            "network": job.row.network(), "epochs": settings.epochs, "input_side": settings.network.input_side, "commit": config["versions"]["commit"],
+            "hits": packed(metrics.top1(truth, probability))}
 
 
 @functools.cache

@@ -7,7 +7,7 @@ of classes stays fresh, and so does a numbered block of which less than half fit
 attention block of CoAtNet's S3 shares no more than its shortcut with ASCA's. timm's trained `coatnet_*_rw` differ from CoAtNet in ways
 that no name shows (an activation behind the first norm, SiLU, pooling before the convolution), so their weights are a start, no more.
 
-From a run (pre-training on other classes) everything but the head is taken over, and it has to be the same network.
+From a run (pre-training on other classes) everything but the head is taken over, and it has to be the same network up to the head.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import hashlib
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Collection, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from .train_settings import TrainSettings
 
 PREFIXES = ("network.", "network.vit.", "network.trunk.", "")  # a timm-like network, AST's trunk, PSLA's trunk, a whole model of ours
 POSITIONS = ("relative_position_bias_table", "pos_embed")
-LISTED = 4  # names that are printed
+LISTED = 4  # names in an error
 
 
 def initialise(model: nn.Module, settings: TrainSettings, *, fold: int, classes: Sequence[str], audio: AudioConfig,
@@ -53,14 +53,16 @@ def initialise(model: nn.Module, settings: TrainSettings, *, fold: int, classes:
         require_unheard(folder, config, held_out)
         head = set() if config["classes"] == list(classes) else head
     tensors = load_tensors(file)[0] if folder else read_checkpoint(file)
+    if config and config["settings"].get("head") != settings.network.head:
+        head |= {name for name in model.state_dict() if name.startswith("network.head.") and name not in tensors}
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in head and not name.endswith("num_batches_tracked")}
-    fitting = fit(tensors, wanted)
+    prefix, fitting = fit(tensors, wanted)
     if not fitting or (folder and len(fitting) < len(wanted)):
         absent = next(name for name in wanted if name not in fitting)
         raise UserError(f"{file} does not fit {settings.model}: {len(fitting)} of its {len(wanted)} tensors are there; missing is {absent}, "
                         f"there is {', '.join(list(tensors)[:LISTED]) or 'nothing'}; name a checkpoint of the same architecture")
     model.load_state_dict(model.state_dict() | fitting)
-    report(file, wanted, fitting, head, len(tensors))
+    report(file, wanted, fitting, head, list(tensors), prefix)
     recipe = hashlib.sha256(json.dumps(comparable(config, between_folds=True), sort_keys=True).encode()).hexdigest() if config else None
     return {"sha256": sha256(file), "recipe_sha256": recipe}
 
@@ -135,18 +137,18 @@ def require_unheard(folder: Path, config: dict, held_out: Collection[str]) -> No
             require_unheard(earlier, read_config(earlier), held_out)
 
 
-def fit(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """wanted name -> the checkpoint's tensor in the wanted shape, under the prefix that finds most, without the blocks that fit by less than half."""
-    best: dict[str, Tensor] = {}
+def fit(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """The prefix that finds most, and wanted name -> the checkpoint's tensor in the wanted shape, without the blocks that fit by less than half."""
+    chosen, best = "", {}
     for prefix in PREFIXES:
         found = {name: in_shape(name, tensors[name.removeprefix(prefix)], like.shape) for name, like in wanted.items()
                  if name.startswith(prefix) and name.removeprefix(prefix) in tensors}
-        best = max(best, {name: tensor for name, tensor in found.items() if tensor is not None}, key=size)
+        chosen, best = max((chosen, best), (prefix, {name: tensor for name, tensor in found.items() if tensor is not None}), key=lambda pair: size(pair[1]))
     whole, part = Counter(), Counter()
     for name, like in wanted.items():
         whole[block_of(name)] += like.numel()
         part[block_of(name)] += like.numel() if name in best else 0
-    return {name: tensor for name, tensor in best.items() if 2 * part[block_of(name)] >= whole[block_of(name)]}
+    return chosen, {name: tensor for name, tensor in best.items() if 2 * part[block_of(name)] >= whole[block_of(name)]}
 
 
 def block_of(name: str) -> str:
@@ -179,14 +181,24 @@ def resized(table: Tensor, shape: torch.Size) -> Tensor | None:
     return torch.cat([rows[:extra], grid]).reshape(shape)
 
 
-def report(file: Path, wanted: dict[str, Tensor], fitting: dict[str, Tensor], head: set[str], n_given: int) -> None:
-    """Says what was mapped, stage by stage, and names what was not."""
-    short = {name: re.sub(r"^network\.(vit\.|trunk\.)?", "", name) for name in [*wanted, *sorted(head)]}
+def report(file: Path, wanted: dict[str, Tensor], fitting: dict[str, Tensor], head: set[str], given: Sequence[str], prefix: str) -> None:
+    """Says stage by stage how much was mapped, and block by block what stays fresh and what of the file is not taken."""
+    short = {name: re.sub(r"^network\.(vit\.|trunk\.)?", "", name) for name in [*wanted, *head]}
     stage_of = {name: re.match(r"[^.]+(\.\d+)?", rest)[0] for name, rest in short.items()}
     whole, mapped = Counter(stage_of[name] for name in wanted), Counter(stage_of[name] for name in fitting)
     say(f"the weights begin from {file}: {len(fitting)} of {len(wanted)} tensors, {size(fitting) / 1e6:.2f} of {size(wanted) / 1e6:.2f} M values "
-        f"(the file holds {n_given} tensors): " + ", ".join(f"{stage} {mapped[stage]}/{n}" for stage, n in whole.items()))
-    absent = [short[name] for name in wanted if name not in fitting]
-    fresh = sorted({stage_of[name] for name in head}) + absent[:LISTED] + ([f"{len(absent) - LISTED} more"] if len(absent) > LISTED else [])
-    if fresh:
-        say(f"fresh weights: {', '.join(fresh)}")
+        f"(the file holds {len(given)} tensors): " + ", ".join(f"{stage} {mapped[stage]}/{n}" for stage, n in whole.items()))
+    used = {name.removeprefix(prefix) for name in fitting}
+    fresh = sorted(short[name] for name in [*wanted, *head] if name not in fitting)
+    unused = [name for name in sorted(given) if name not in used and not name.endswith("num_batches_tracked")]
+    for what, names, everything in (("fresh weights", fresh, short.values()), ("not taken from the file", unused, given)):
+        if names:
+            say(f"{what}: {', '.join(by_block(names, everything))}")
+
+
+def by_block(names: Iterable[str], everything: Iterable[str]) -> list[str]:
+    """A block's name alone where `names` holds all of it, else with what of it; the rest tensor by tensor."""
+    blocks, sizes = defaultdict(list), Counter(map(block_of, everything))
+    for name in names:
+        blocks[block_of(name)].append(name.removeprefix(block_of(name) + "."))
+    return [block if len(members) == sizes[block] else f"{block} ({' '.join(members)})" for block, members in blocks.items()]

@@ -78,12 +78,14 @@ def test_an_interrupted_table_goes_on(birds, done):
 def test_the_table_s_numbers_are_those_of_the_predictions(birds, done):
     results, metadata = birds.parent / "results", pd.read_csv(birds / "train_metadata.csv").set_index("filename").primary_label
     table = pd.read_csv(results / "table2_small.csv")
-    scores = {}
+    scores, right = {}, {}
     for row, key in done[-1][2].groupby("row").key.first().items():
         for fold in (0, 1):
             oof = pd.read_csv(birds.parent / f"runs/birds/asca_test-{key}-seed0/fold{fold}/oof.csv", index_col=0)
             truth = np.array([[label == name for name in oof] for label in metadata.loc[oof.index]])
-            scores.setdefault(row, []).append((truth[np.arange(len(oof)), oof.to_numpy().argmax(axis=1)].mean(), average_precision_score(truth, oof)))
+            hits = truth[np.arange(len(oof)), oof.to_numpy().argmax(axis=1)]
+            right.setdefault(row, []).extend(hits)
+            scores.setdefault(row, []).append((hits.mean(), average_precision_score(truth, oof)))
     for place, metric in enumerate(("top1", "macro_ap")):
         for row, values in scores.items():
             got = table[(table.row == row) & (table.metric == metric)].iloc[0]
@@ -93,6 +95,10 @@ def test_the_table_s_numbers_are_those_of_the_predictions(birds, done):
                 expected = stats.ttest_rel(mine, base).confidence_interval() if np.ptp(mine - base) > 0 else (mine - base)[:2]
                 assert got.difference == pytest.approx((mine - base).mean(), abs=1e-5)
                 assert (got.difference_low, got.difference_high) == pytest.approx(tuple(expected), abs=1e-4)
+                gain = np.subtract(right[row], right["C-C-C-T (ASCA)"], dtype=float)
+                if metric == "top1":  # the normal approximation stands for the bootstrap
+                    assert got.over_recordings == pytest.approx(gain.mean(), abs=1e-5)
+                    assert got.over_recordings_high - got.over_recordings_low == pytest.approx(2 * 1.96 * gain.std() / len(gain) ** 0.5, rel=0.2, abs=1e-6)
     text = (results / "table2_small.md").read_text()
     assert "`python -m src.experiments table2 --budget small --epochs 1 --input-side 64`" in text and "small budget: 64 x 64, 1 epoch in batches of 8)" in text
     assert "| C-C-T-T | 2 |" in text and "| 75.3 |" in text and (results / "table2_small.png").stat().st_size > 5000

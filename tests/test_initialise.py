@@ -50,7 +50,8 @@ def test_every_stage_of_timm_s_network_maps_and_computes_the_same(tmp_path, caps
     for file in ("imagenet.safetensors", "imagenet.pth"):
         ours, facts = begin(tmp_path / file, "asca_test", 1000)  # as many classes as ImageNet has: the head stays fresh all the same
         said = capsys.readouterr().out
-        assert "stem 6/6, stages.0 20/20, stages.1 22/22, stages.2 42/42, stages.3 15/15, norm 2/2" in said and "fresh weights: head\n" in said
+        assert "stem 6/6, stages.0 20/20, stages.1 22/22, stages.2 42/42, stages.3 15/15, norm 2/2" in said
+        assert "fresh weights: head.fc.bias, head.fc.weight\n" in said and "not taken from the file: head.fc.bias, head.fc.weight\n" in said
         network = ours.network
         with torch.no_grad():
             np.testing.assert_allclose(network.norm(network.stages(network.stem(x))), theirs.forward_features(x.expand(-1, 3, -1, -1)), atol=1e-5)
@@ -62,7 +63,9 @@ def test_of_timm_s_trained_coatnet_all_but_the_attention_of_s3_maps(tmp_path, ca
     save_model(theirs, str(tmp_path / "nano.safetensors"))
     ours, _ = begin(tmp_path / "nano.safetensors", "asca_nano", expand_from="input")
     said = capsys.readouterr().out
-    assert "stem 6/6, stages.0 51/60, stages.1 70/82, stages.2 0/122, stages.3 37/41, norm 2/2" in said and "fresh weights: head, stages.0." in said
+    assert "stem 6/6, stages.0 51/60, stages.1 70/82, stages.2 0/122, stages.3 37/41, norm 2/2" in said and "fresh weights: stages.0.blocks.0 (" in said
+    assert "stages.2.blocks.0, stages.2.blocks.1, " in said.split("fresh weights")[1].split("not taken")[0]  # whole blocks by their names
+    assert "stages.2.blocks.0 (" not in said and "stages.2.blocks.3" in said.split("not taken from the file: ")[1]
     state = theirs.state_dict()
     assert torch.equal(ours.network.stages[3].blocks[1].mlp.fc1.weight, state["stages.3.blocks.1.mlp.fc1.weight"])
     assert torch.allclose(ours.network.stem.conv1.weight, state["stem.conv1.weight"].sum(1, keepdim=True))
@@ -77,8 +80,8 @@ def test_the_rivals_trunks_map(tmp_path, capsys, theirs, ours, trunk):
     given = import_timm().create_model(theirs)
     save_model(given, str(tmp_path / "x.safetensors"))
     network, _ = begin(tmp_path / "x.safetensors", ours)
-    fresh = capsys.readouterr().out.split("fresh weights: ")[1].strip()
-    assert fresh == {"ast_tiny": "head, norm.weight, norm.bias", "mast_tiny": "head", "psla_b0": "attention, probability, head_weight"}[ours]
+    fresh = {name.partition(".")[0] for name in capsys.readouterr().out.split("fresh weights: ")[1].splitlines()[0].split(", ")}
+    assert fresh == {"ast_tiny": {"head", "norm"}, "mast_tiny": {"head"}, "psla_b0": {"attention", "probability", "head_weight"}}[ours]
     filled = network.network.get_submodule(trunk).state_dict()
     same = [name for name, tensor in given.state_dict().items() if name in filled and torch.equal(filled[name], tensor)]
     assert len(same) > 0.9 * len(filled)
@@ -121,11 +124,15 @@ def test_another_run_gives_all_but_the_head_and_never_a_recording_it_was_trained
     held_out = pd.read_csv(run / "fold0/oof.csv").filename.tolist()
     weights, _ = load_tensors(run / "fold0/weights.safetensors")
     model, facts = begin(run / "fold0", "asca_test", 7, side=64, held_out=held_out)
-    assert "fresh weights: head\n" in capsys.readouterr().out and facts["recipe_sha256"]
+    assert "fresh weights: head." in capsys.readouterr().out and facts["recipe_sha256"]
     for name, tensor in model.state_dict().items():
         assert name.startswith("network.head") or name.endswith("tracked") or torch.equal(tensor, weights[name]), name
     same, _ = begin(run, "asca_test", 3, side=64, held_out=held_out, classes=read_config(run / "fold0")["classes"])
     assert "fresh" not in capsys.readouterr().out and torch.equal(same.network.head.fc.weight, weights["network.head.fc.weight"])
+    other = TrainSettings(model="asca_test", init=run / "fold0", network=ModelSettings(input_side=64, head="attention"))
+    pooled = create_model("asca_test", 7, AUDIO, other.network)  # a head of another kind begins fresh
+    initialise(pooled, other, fold=0, classes=[f"class {k}" for k in range(7)], audio=AUDIO, held_out=held_out)
+    assert torch.equal(pooled.state_dict()["network.norm.weight"], weights["network.norm.weight"])
     heard = read_metadata([data]).table.filename.tolist()
     for place in (run / "fold0", run / "fold0/weights.safetensors"):
         with pytest.raises(UserError, match=f"trained on {len(heard) - len(held_out)} of the recordings held out here"):

@@ -180,7 +180,7 @@ def test_audioset_trains_on_ten_seconds_and_several_labels(tmp_path, capsys):
     make_audioset(tmp_path / "source")
     out = tmp_path / "out"
     assert prepare.main(["audioset", str(tmp_path / "source"), "--out", str(out)]) == 0
-    assert "1 of 6 recordings are not there" in capsys.readouterr().out and read_csv(out / "missing_audio.csv").filename.tolist() == ["ddddddddddd.wav"]
+    assert "1 of 6 recordings are not there" in capsys.readouterr().out and read_csv(out / "missing_audio.csv").filename.tolist() == ["ddddddddddd_000030.wav"]
     metadata = read_metadata([out])
     assert metadata.classes == ("/m/09x0r", "/m/05zppz", "/m/0k4j", "/t/dd00001")  # AudioSet's order; the second is never a primary label
     assert metadata.table.secondary_labels[0] == ("/m/05zppz",) and read_csv(out / "taxonomy.csv").common_name[1] == "Male speech, man speaking"
@@ -219,8 +219,8 @@ def test_vggsound_holds_out_its_test_set(tmp_path, capsys):
     source, out, table = tmp_path / "source", tmp_path / "source/prepared", tmp_path / "source/vggsound.csv"
     rows = [("---g-f_I2yQ", 1, "people marching", "test"), ("--0PQM4-hqg", 30, "donkey/ass braying", "train"),
             ("--56QUhyDQM", 185, "engine accelerating, revving, vroom", "train"), ("--5OkAjCI7g", 40, "people marching", "train"),
-            ("--gone-----", 40, "people marching", "test")]
-    for number, (video, start, _, _) in enumerate(rows[:-1]):
+            ("--gone-----", 40, "people marching", "test"), ("--gone-----", 70, "people marching", "train")]
+    for number, (video, start, _, _) in enumerate(rows[:-2]):
         tone(source / f"video/{video}_{start:06d}.wav", 10, 22_050, 700 * (number + 1))
     table.write_text("".join(f'{video},{start},"{label}",{split}\n' for video, start, label, split in rows))
     for _ in range(2):  # the second time, the first one's link lies in the source
@@ -228,7 +228,7 @@ def test_vggsound_holds_out_its_test_set(tmp_path, capsys):
     assert read_metadata([out]).classes == ("donkey_ass_braying", "engine_accelerating_revving_vroom", "people_marching")
     written = read_csv(out / "train_metadata.csv")
     assert written.common_name[2] == "engine accelerating, revving, vroom" and written.filename[0] == "---g-f_I2yQ_000001.wav"
-    assert read_csv(out / "missing_audio.csv").filename.tolist() == ["--gone-----.wav"]
+    assert read_csv(out / "missing_audio.csv").filename.tolist() == ["--gone-----_000040.wav", "--gone-----_000070.wav"]
     made, config = through_cache_and_training(out, tmp_path)
     assert config["audio"]["window_seconds"] == 10 and made.config.window_frames == 1000 and held_out(tmp_path) == ["---g-f_I2yQ_000001.wav"]
     capsys.readouterr()

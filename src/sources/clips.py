@@ -50,13 +50,13 @@ def read_rows(file: Path, form: Sequence[str]) -> Iterator[tuple[int, list[str]]
     except FileNotFoundError:
         raise UserError(f"{file} does not exist; SOURCE holds it beside the clips") from None
     except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{file} is not a readable CSV file: {error}") from error
+        raise UserError(f"{file} is not a readable CSV file: {error}; obtain it again") from error
 
 
 def link_clips(clips: Sequence[Clip], source: Path, out: Path) -> list[str]:
-    """Links the folder that holds all clips as `out`/train_audio and returns each one's file name there, `<id>.wav` where it is missing.
+    """Links the folder that holds all clips as `out`/train_audio and returns each one's file name there, `<id>_<start>.wav` where it is missing.
 
-    The clips may lie at any depth below `source`. Raises UserError where none is there.
+    The clips may lie at any depth below `source`; a file is one clip, the first that it fits. Raises UserError where none is there.
     """
     found, others = {}, set()
     for folder, folders, files in os.walk(source, followlinks=True):
@@ -67,10 +67,10 @@ def link_clips(clips: Sequence[Clip], source: Path, out: Path) -> list[str]:
                 found.setdefault(stem, Path(folder, name))
             elif suffix.lower() in (".mp4", ".m4a", ".webm", ".mkv", ".aac"):
                 others.add(suffix.lower())
-    paths = [next((found[stem] for stem in clip.stems() if stem in found), None) for clip in clips]
+    paths = [next((found.pop(stem) for stem in clip.stems() if stem in found), None) for clip in clips]
     if not any(paths):
         why = f"there are {', '.join(sorted(others))} files: convert them to wav or flac first" if others else "clips are named <id>.wav or <id>_<start>.wav"
         raise UserError(f"none of the {len(clips)} clips is below {source}; {why}")
     root = Path(os.path.commonpath([path.parent for path in paths if path]))
     link(root, out / "train_audio")
-    return [path.relative_to(root).as_posix() if path else f"{clip.video}.wav" for clip, path in zip(clips, paths)]
+    return [path.relative_to(root).as_posix() if path else f"{clip.stems()[0]}.wav" for clip, path in zip(clips, paths)]

@@ -22,6 +22,8 @@ def esc(source: Path, out: Path, *, only_ten: bool) -> DataSet:
         raise UserError(f"{file}, line {bad.idxmax() + 2}: fold {table.fold[bad].iloc[0]!r} is no number; correct the line or delete it")
     if only_ten and "esc10" in table:
         table = table[table.esc10 == "True"]
+    if not (source / "audio").is_dir():
+        raise UserError(f"{source} holds no folder audio; it is no copy of https://github.com/karolpiczak/ESC-50")
     link(source / "audio", out / "train_audio")
     folds = table.fold.astype(int)
     return DataSet(table.assign(primary_label=table.category, secondary_labels="[]"), folds={"folds.csv": folds - folds.min()})

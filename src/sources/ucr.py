@@ -36,7 +36,7 @@ def ucr(source: Path, out: Path) -> DataSet:
         declared, series = (read_ts if file.suffix == ".ts" else read_tsv)(file)
         labels |= dict.fromkeys(declared)
         if not series:
-            raise UserError(f"{file} holds no series")
+            raise UserError(f"{file} holds no series; obtain it again")
         for number, (label, values) in enumerate(series, start=1):
             name = f"{file.stem}_{number:05d}.flac"
             rows.append({"primary_label": label, "secondary_labels": "[]", "filename": name, "fold": 0 if part == "TEST" else -1})
@@ -114,16 +114,16 @@ def read_ts(file: Path) -> tuple[list[str], list[Row]]:
         header[key.lower()] = values
     said = {key: "".join(values[:1]).lower() for key, values in header.items()}
     if said.get("@univariate") == "false":
-        raise UserError(f"{file}: its series have several channels; only univariate data sets become sounds")
+        raise UserError(f"{file}: its series have several channels; only univariate data sets become sounds; name another one")
     if said.get("@timestamps") == "true":
-        raise UserError(f"{file}: its values have time stamps; only evenly spaced series become sounds")
+        raise UserError(f"{file}: its values have time stamps; only evenly spaced series become sounds; name another data set")
     if said.get("@classlabel") != "true":
-        raise UserError(f"{file}: it has no class labels (@classLabel true ...)")
+        raise UserError(f"{file}: it has no class labels (@classLabel true ...); name a data set of classification")
     rows, declared = [], header["@classlabel"][1:]
     for number, line in lines:
         values, *rest = line.split(":")
         if len(rest) != 1:
-            raise UserError(f"{file}, line {number}: {len(rest)} colons; a univariate series has one, before its label")
+            raise UserError(f"{file}, line {number}: {len(rest)} colons; a univariate series has one, before its label; correct the line or delete it")
         rows.append(_row(file, number, rest[0], *values.replace("?", "nan").split(",")))
         if rows[-1][0] not in declared:
             raise UserError(f"{file}, line {number}: label {rows[-1][0]!r} is not among @classLabel's; correct the line or delete it")
@@ -136,7 +136,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
         with open(file, encoding="utf-8-sig") as lines:
             yield from ((number, line.rstrip()) for number, line in enumerate(lines, start=1) if line.strip())
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not readable: {error}") from error
+        raise UserError(f"{file} is not readable: {error}; obtain it again") from error
 
 
 def _row(file: Path, number: int, label: str, *values: str) -> Row:

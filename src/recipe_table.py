@@ -35,6 +35,6 @@ def recipe_table(budget: Budget, data: Sequence[str]) -> Table:
         return Row(name, (*size, "--epochs", str(budget.epochs), *flags.split()), "all steps", noise=noise)
 
     rows = [row("all steps", ALL), *(row(name, f"{ALL} {change}") for name, change in CHANGES.items()), row("plain", PLAIN),
-            row("with background noise", ALL, noise=True), Row("paper.yaml", ("--config", PAPER_YAML, *size), "all steps", noise=False)]
+            row("with background noise", ALL, noise=True), Row("paper.yaml (its 30 epochs)", ("--config", PAPER_YAML, *size), "all steps", noise=False)]
     return Table("recipe", "The recipe, step by step", tuple(rows),
                  f"All steps: `{ALL}` (where a flag stands twice, the last one counts). Plain: `{PLAIN}`. Without background noise but where a row says so.")

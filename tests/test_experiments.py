@@ -116,7 +116,12 @@ def test_results_are_carried_to_another_place(birds, done, tmp_path, capsys):
         (results / name).unlink()
     assert experiments.main(["table2", *TINY, "--only-report", "--results", str(results)]) == 0  # without the data
     assert (results / "table2_small.csv").read_bytes() == (birds.parent / "results/table2_small.csv").read_bytes()
-    assert experiments.main(["figure3", *TINY, "--only-report", "--results", str(results)]) == 0
+    assert experiments.main(["all", *TINY, "--only-report", "--results", str(results)]) == 0
+    for name, shown in (("table1", "| ASCA | 2 |"), ("figure2", "| ASCA | 2 |"), ("section42", "| no SpecAugment | 0 of 2 |")):
+        assert shown in (results / f"{name}_small.md").read_text() and (results / f"{name}_small.png").stat().st_size > 5000
+    assert pd.read_csv(results / "table1_small.csv").query("row == 'AST'")["paper, VGG-Sound, mAP %"].tolist() == [78.1] * 5
+    assert experiments.main(["figure3", *TINY, "--only-report", "--speed", "--results", str(results)]) == 0
+    assert "onnxruntime float32" in (results / "figure3_small.md").read_text() and pd.read_csv(results / "figure3_small.csv").windows_per_second.min() > 1
     assert "| 16 x 16 | 0 of 2 | – |" in (results / "figure3_small.md").read_text() and "| 32 x 32 | 2 |" in (results / "figure3_small.md").read_text()
 
 

@@ -142,7 +142,9 @@ def test_drop_path_keeps_the_mean_and_is_off_in_eval():
 
 
 @pytest.mark.parametrize("settings", [
-    ModelSettings(), ModelSettings(input_norm="fixed", asca=AscaSettings(attn_patch=16, attn_norm="bn", expand_from="input"))], ids=["default", "paper"])
+    ModelSettings(), ModelSettings(input_norm="fixed", asca=AscaSettings(attn_patch=16, attn_norm="bn", expand_from="input")),
+    ModelSettings(asca=AscaSettings(rel_pos="mlp", attn_patch=7)), ModelSettings(asca=AscaSettings(rel_pos="none", attn_patch=14))],
+    ids=["default", "paper", "mlp-7", "none-14"])
 def test_onnx_equals_torch_at_any_batch(tmp_path, settings):
     torch.manual_seed(0)
     model = settle(create_model("asca_test", 12, AUDIO, settings), log_mel(8))

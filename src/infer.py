@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     add("--expected-seconds", type=float, help="length of a file whose header is unreadable (default: the competition's)")
     add("--batch-size", type=int, default=0, help="windows handed to the model at once; 0: two a thread, at least 8 (default: 0)")
     add("--threads", type=int, default=0, help="of the model; 0: all cores (default: 0)")
-    add("--engine", choices=engines.ENGINES, default="onnxruntime", help="auto: OpenVINO for bf16 and int8 (default: onnxruntime)")
+    add("--engine", choices=engines.ENGINES, default="auto", help="auto: onnxruntime for f32, OpenVINO for bf16 and int8 (default: auto)")
     add("--precision", choices=engines.PRECISIONS, default="f32", help="bf16, int8: OpenVINO's, once src.precision accepted them (default: f32)")
     add("--check", type=Path, metavar="FILE", help="only validate a submission (with --soundscapes also its rows, with --sample its columns)")
     limit = options.add_argument_group("deadline", "A submission of priors is written first and replaced as rows come; what does not fit is dropped: overlap "

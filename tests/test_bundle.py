@@ -110,7 +110,7 @@ def test_a_lossy_precision_travels_with_its_verdict_and_is_tried_before_it_is_us
         return found, capfd.readouterr().out.splitlines()[-1]
 
     assert tried()[0] == "int8"
-    flags = ["--soundscapes", str(soundscapes), "--threads", "1", "--engine", "auto"]
+    flags = ["--soundscapes", str(soundscapes), "--threads", "1"]
     for out, run, precision in (("here", str(measured_run), "int8"), ("there", *runs, "int8"), ("exact", *runs, "f32")):
         assert infer.main(["--run", run, *flags, "--precision", precision, "--out", str(tmp_path / f"{out}.csv")]) == 0
     here, there, exact = ((tmp_path / f"{out}.csv").read_bytes() for out in ("here", "there", "exact"))

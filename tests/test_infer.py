@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -11,7 +12,7 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src import audio, cache, export, infer, submission, timeline, train
+from src import audio, cache, export, infer, onnx_models, submission, timeline, train
 from src.config import AudioConfig
 from src.metadata import read_csv
 from tests.conftest import make_soundscape, waveform
@@ -140,6 +141,14 @@ def test_a_changed_model_is_refused_and_a_missing_one_exported(tmp_path, run, so
     path.unlink()
     score(tmp_path / "run", soundscapes, tmp_path / "s.csv")
     assert path.exists()
+
+
+def test_a_run_s_folds_stand_in_their_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_models, "load_model", lambda path, *_: SimpleNamespace(path=path, classes=("a",)))
+    for fold in range(12):
+        (tmp_path / f"fold{fold}").mkdir()
+        (tmp_path / f"fold{fold}/model.onnx").touch()
+    assert [model.path.parent.name for model in onnx_models.find_models([tmp_path], threads=1)] == [f"fold{fold}" for fold in range(12)]
 
 
 def test_inference_imports_no_training_library():

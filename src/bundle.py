@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import soundfile
 
-from . import demo_data, engines, golden, kaggle
+from . import competitions, demo_data, engines, golden, kaggle
 from .console import UserError, say, stage
 from .engines import Engine
 from .onnx_models import find_models
@@ -24,6 +24,7 @@ from .storage import sha256, write_json, write_text
 ROOT = Path(__file__).parents[1]
 ENTRIES = ("kaggle", "golden", "infer", "timeline")  # what the notebook calls
 NOTEBOOK = "kaggle_submission.ipynb"
+RESERVE_MINUTES = 10  # of the competition's limit, for what the notebook does beside scoring
 METADATA = ("dataset-metadata.json", "kernel-metadata.json")  # the kaggle command reads these and does not upload them
 KAGGLE_PYTHON, PLATFORM = "3.12", "manylinux_2_28_x86_64"
 GOLDEN_SECONDS = 8.0  # two rows, the second one padded
@@ -43,7 +44,8 @@ class BundleSettings:
     """Your user name on Kaggle."""
     title: str = "ASCA BirdCLEF"
     """The data set's; the notebook adds " submission". In lower case with hyphens it is the address."""
-    competition: str = "birdclef-2023"
+    competition: str = competitions.DEFAULT
+    """The year that the notebook is for; its time limit is written into it."""
     licence: str = "other"
     """Of the data set, by Kaggle's names; `other` is what its description says."""
 
@@ -111,6 +113,12 @@ def download_command(engine: Engine) -> str:
     return f"pip download {packages} --python-version {KAGGLE_PYTHON} --only-binary=:all: --platform {PLATFORM} --no-deps -d input/wheels"
 
 
+def write_notebook(out: Path, limit: float) -> None:
+    """The notebook, with the minutes that a competition's limit leaves it."""
+    text = (ROOT / "notebooks" / NOTEBOOK).read_text(encoding="utf-8")
+    write_text(out / NOTEBOOK, re.sub(r"minutes = \d+  # of the \d+", f"minutes = {limit - RESERVE_MINUTES:g}  # of the {limit:g}", text))
+
+
 def write_metadata(out: Path, settings: BundleSettings) -> None:
     """What the kaggle command reads, in its own words: dataset-metadata.json and kernel-metadata.json."""
     slug = re.sub("[ -]+", "-", settings.title.lower())
@@ -148,7 +156,7 @@ def build(settings: BundleSettings, engine: Engine, out: Path) -> int:
     for name in sources(ROOT / "src", ENTRIES):
         shutil.copyfile(ROOT / "src" / name, out / "src" / name)
     shutil.copyfile(ROOT / "LICENSE", out / "LICENSE")
-    shutil.copyfile(ROOT / "notebooks" / NOTEBOOK, out / NOTEBOOK)
+    write_notebook(out, competitions.competition(settings.competition).cpu_minutes)
     write_models(settings.run, out / "runs", engine)
     write_json(out / kaggle.SETTINGS, {"precision": settings.precision})
     write_golden(out / "golden", kaggle.runs(out))
@@ -177,6 +185,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--title {settings.title!r}: 6 to 39 ASCII letters, digits, spaces and hyphens (Kaggle takes 50 with \" submission\")")
     if not re.fullmatch(r"[A-Za-z0-9-]+", settings.owner):
         raise UserError(f"--owner {settings.owner!r} is no user name on Kaggle: letters, digits and hyphens")
+    competitions.competition(settings.competition)  # refuses an unknown one
     out, engine = settings.out, choose_engine(settings.precision)
     if out.is_file() or out.is_dir() and any(out.iterdir()) and not (out / kaggle.MANIFEST).exists():
         raise UserError(f"{out} is there and is no bundle; name another --out")

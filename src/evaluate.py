@@ -17,7 +17,7 @@ from .metadata import Metadata, read_csv, read_metadata, targets
 from .metrics import NAMES
 from .run_config import comparable, read_config
 from .settings import parse
-from .storage import atomic, safe_cell
+from .storage import safe_cell, write_table
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,9 @@ def evaluate_run(settings: EvaluateSettings) -> None:
     sizes = {fold: len(table) for fold, table in folds.items()} | {"pooled": len(pooled)}
     rows = [{"fold": fold, "recordings": sizes[fold], "metric": name, "value": e.value, "low": e.low, "high": e.high}
             for fold, scores in {**by_fold, "pooled": pooled_scores}.items() for name, e in scores.items()]
-    with atomic(settings.run / "metrics.csv") as partial:
-        pd.DataFrame(rows).to_csv(partial, index=False, float_format="%.6f", lineterminator="\n")
+    write_table(settings.run / "metrics.csv", pd.DataFrame(rows), float_format="%.6f")
     per_class = per_class_table(classes, metadata, truth, probability)
-    with atomic(settings.run / "per_class.csv") as partial:
-        per_class.assign(primary_label=per_class.primary_label.map(safe_cell)).to_csv(partial, index=False, float_format="%.4f", lineterminator="\n")
+    write_table(settings.run / "per_class.csv", per_class.assign(primary_label=per_class.primary_label.map(safe_cell)), float_format="%.4f")
     columns = {f"fold {fold}": scores for fold, scores in by_fold.items()}
     if len(folds) > 1:
         columns |= {"mean over folds": means, "pooled": pooled_scores}

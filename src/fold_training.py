@@ -32,7 +32,7 @@ from .predict import predict
 from .run_config import versions
 from .settings import flatten
 from .soft_labels import blend, read_soft_labels
-from .storage import atomic, sha256, write_json, write_text
+from .storage import sha256, write_json, write_table, write_text
 from .train_settings import TrainSettings
 from .weight_noise import WeightNoise
 
@@ -110,8 +110,7 @@ class FoldTraining:
 
     def write_history(self, *, finished: bool = False) -> None:
         history = pd.DataFrame(self.history)
-        with atomic(self.folder / "history.csv") as partial:
-            history.to_csv(partial, index=False, float_format="%.9g", lineterminator="\n")
+        write_table(self.folder / "history.csv", history, float_format="%.9g")
         if self.settings.pictures and (finished or time.monotonic() - self.drawn > SECONDS_BETWEEN_CURVES):
             self.drawn = time.monotonic()
             plots.curves(self.folder / "curves.png", history, f"{self.settings.run.name}, fold {self.fold}")
@@ -257,8 +256,7 @@ class FoldTraining:
         if not self.accelerator.is_main_process:
             return
         self.write_history(finished=True)
-        with atomic(self.folder / "oof.csv") as partial:
-            oof.to_csv(partial, index=False, float_format="%.9g", lineterminator="\n")
+        write_table(self.folder / "oof.csv", oof, float_format="%.9g")
         windows = HeldOutWindows(names[:GOLDEN_WINDOWS], self.cache, only_first=True)
         golden = torch.stack([windows[item][0] for item in range(len(windows))])
         write_json(self.folder / "timing.json", {"device": device_name(self.accelerator.device), "seconds": self.seconds})

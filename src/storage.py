@@ -8,11 +8,14 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from .console import UserError
+
+if TYPE_CHECKING:  # what installs the wheels on Kaggle needs no pandas
+    import pandas as pd
 
 
 @contextlib.contextmanager
@@ -55,6 +58,12 @@ def write_text(path: Path | str, text: str) -> None:
 
 def write_json(path: Path | str, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_table(path: Path | str, table: pd.DataFrame, float_format: str | None = None) -> None:
+    """A CSV without the index, its lines ended alike on every system."""
+    with atomic(path) as partial:
+        table.to_csv(partial, index=False, float_format=float_format, lineterminator="\n")
 
 
 def sha256(path: Path | str) -> str:

@@ -19,7 +19,7 @@ from .console import UserError, say, stage
 from .engines import Engine
 from .onnx_models import find_models
 from .settings import parse
-from .storage import sha256, write_json, write_text
+from .storage import atomic_folder, sha256, write_json, write_text
 
 ROOT = Path(__file__).parents[1]
 ENTRIES = ("kaggle", "golden", "infer", "timeline")  # what the notebook calls
@@ -152,7 +152,7 @@ def choose_engine(precision: str) -> Engine:
 
 def build(settings: BundleSettings, engine: Engine, out: Path) -> int:
     """Fills the new folder `out` and returns the number of files to upload."""
-    (out / "src").mkdir(parents=True)
+    (out / "src").mkdir()
     for name in sources(ROOT / "src", ENTRIES):
         shutil.copyfile(ROOT / "src" / name, out / "src" / name)
     shutil.copyfile(ROOT / "LICENSE", out / "LICENSE")
@@ -168,16 +168,6 @@ def build(settings: BundleSettings, engine: Engine, out: Path) -> int:
     return n_files
 
 
-def replace_folder(new: Path, out: Path) -> None:
-    """`new` takes the name `out`; what stood there is deleted afterwards."""
-    old = out.with_name(out.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    new.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 @stage
 def main(argv: list[str] | None = None) -> None:
     settings = parse(BundleSettings, argv, prog="python -m src.bundle", description=__doc__)
@@ -189,15 +179,8 @@ def main(argv: list[str] | None = None) -> None:
     out, engine = settings.out, choose_engine(settings.precision)
     if out.is_file() or out.is_dir() and any(out.iterdir()) and not (out / kaggle.MANIFEST).exists():
         raise UserError(f"{out} is there and is no bundle; name another --out")
-    partial = out.with_name(out.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
+    with atomic_folder(out) as partial:
         n_files = build(settings, engine, partial)
-        replace_folder(partial, out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     say(f"wrote {out}: {n_files} files to upload, {size / 1e6:.1f} MB. Upload it, and then the notebook:\n"
         f"  kaggle datasets create -p {out} -r zip\n  kaggle kernels push -p {out}")

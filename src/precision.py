@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from .engines import MACRO_AP_BOUND, Engine
 from .evaluate import EvaluateSettings, open_cache, out_of_fold, truth_of
 from .onnx_models import OnnxModel, find_models, load_model
 from .settings import parse
-from .storage import write_json
+from .storage import atomic_folder, write_json
 
 F32_BOUND = 1e-5  # of any probability: rounding, no more
 BATCH = 32  # windows
@@ -74,12 +73,9 @@ def quantise(model: Path, windows: np.ndarray, cache: Cache) -> None:
     samples = [decibels(window[None], cache) for window in windows]
     quantised = nncf.quantize(openvino.Core().read_model(model), nncf.Dataset(samples), subset_size=len(samples), model_type=nncf.ModelType.TRANSFORMER,
                               preset=nncf.QuantizationPreset.MIXED, ignored_scope=nncf.IgnoredScope(types=["MatMul"], validate=False))
-    final = engines.quantised_path(model).parent
-    partial = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    openvino.save_model(quantised, partial / "model.xml", compress_to_fp16=False)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
+    final = engines.quantised_path(model)
+    with atomic_folder(final.parent) as partial:
+        openvino.save_model(quantised, partial / final.name, compress_to_fp16=False)
 
 
 def macro_ap(truth: np.ndarray, probability: np.ndarray) -> float:

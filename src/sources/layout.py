@@ -14,7 +14,7 @@ import yaml
 
 from ..console import UserError, say
 from ..metadata import read_csv
-from ..storage import write_table, write_text
+from ..storage import atomic_folder, write_table, write_text
 
 COLUMNS = ("primary_label", "secondary_labels", "type", "latitude", "longitude", "scientific_name", "common_name", "author", "license", "rating",
            "url", "filename")  # BirdCLEF 2023's
@@ -77,8 +77,6 @@ def link(source: Path, target: Path) -> None:
     try:
         os.symlink(source.resolve(), target, target_is_directory=True)
     except OSError:
-        unfinished = target.with_name(target.name + ".partial")
-        shutil.rmtree(unfinished, ignore_errors=True)
         say(f"{target}: no links here, copying")
-        shutil.copytree(source, unfinished)
-        os.replace(unfinished, target)
+        with atomic_folder(target) as unfinished:
+            shutil.copytree(source, unfinished, dirs_exist_ok=True)

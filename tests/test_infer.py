@@ -167,11 +167,13 @@ def test_the_validator_finds_what_kaggle_would_not_take(tmp_path, text, message)
 
 
 def test_written_probabilities_stay_under_one(tmp_path):
-    submission.write(tmp_path / "s.csv", ["x_5", "x_10"], np.array([[1.0, 0.5], [1e-12, 0.0]], np.float32), ["a", "b"])
-    assert submission.check(tmp_path / "s.csv", classes=["a", "b"], ids=["x_5", "x_10"]) == []
+    file = submission.SubmissionFile(tmp_path / "s.csv", [("x", 2)], ["a", "b"], np.zeros(2))
     with pytest.raises(submission.UserError, match="not finite"):
-        submission.write(tmp_path / "t.csv", ["x_5"], np.array([[np.nan]]), ["a"])
-    assert not (tmp_path / "t.csv").exists()
+        file.fill(0, np.array([[np.nan, 0.5], [0.1, 0.0]]))
+    assert not (tmp_path / "s.csv").exists()
+    file.fill(0, np.array([[1.0, 0.5], [1e-12, 0.0]], np.float32))
+    assert file.write_and_check() == []
+    assert submission.check(tmp_path / "s.csv", classes=["a", "b"], ids=["x_5", "x_10"]) == []
 
 
 def test_timelines_are_drawn(tmp_path, run, soundscapes):

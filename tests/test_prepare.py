@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import torch
 
-from src import audio, cache, evaluate, export, folds, infer, prepare, submission, train
+from src import audio, cache, evaluate, export, folds, infer, prepare, train
 from src.competitions import COMPETITIONS
 from src.console import UserError
 from src.dataset import HeldOutWindows
@@ -91,7 +91,7 @@ def test_2026_goes_through_folds_and_cache_and_is_scored_by_its_own_metric(tmp_p
     made = cache.Cache(tmp_path / "cache")
     assert len(made.names) == 5 and made.damaged == {"007/iNat0072.ogg": "missing file"}
     labels = data / "soundscape_labels.csv"
-    submission.write(tmp_path / "s.csv", read_csv(labels).row_id, np.array([[0.3, 0.6], [0.2, 0.1]]), ["007", "22961"])
+    pd.DataFrame({"row_id": read_csv(labels).row_id, "007": [0.3, 0.2], "22961": [0.6, 0.1]}).to_csv(tmp_path / "s.csv", index=False)
     capsys.readouterr()
     flags = ["--submission", str(tmp_path / "s.csv"), "--labels", str(labels), "--resamples", "2"]
     for name, first in (("birdclef-2023", "padded cmAP"), ("birdclef-2026", "macro ROC-AUC")):

@@ -41,10 +41,6 @@ NOT_VALIDATED = {"valid_loss": math.nan, "valid_top1": math.nan, "valid_macro_ap
 SECONDS_BETWEEN_CURVES = 20.0  # drawing them takes a third of one
 
 
-class Diverged(UserError):
-    """The loss is no number."""
-
-
 class FoldTraining:
     """Everything one fold needs, and its state. Every process of a training holds one; the first one writes."""
 
@@ -208,15 +204,15 @@ class FoldTraining:
             self.ema.update(self.model, step=step + 1)
 
     def value_of(self, pending: tuple[Later, int, int, Tensor] | None) -> float:
-        """A part's loss as a number. Raises Diverged, with the part's recordings, where it is none."""
+        """A part's loss as a number. Raises UserError, with the part's recordings, where it is none."""
         if pending is None:
             return 0.0
         loss, epoch, step, rows = pending
         value = loss.value()
         if not math.isfinite(value):
             names = ", ".join(sorted(set(self.training.filename.iloc[rows.numpy()])))
-            raise Diverged(f"the loss is {value} at epoch {epoch + 1}, step {step + 1}; nothing of this epoch is saved. Lower --learning-rate "
-                           f"or set --precision fp32, and look at the batch's recordings: {names}")
+            raise UserError(f"the loss is {value} at epoch {epoch + 1}, step {step + 1}; nothing of this epoch is saved. Lower --learning-rate "
+                            f"or set --precision fp32, and look at the batch's recordings: {names}")
         return value
 
     # -------------------------------------------------------------------------------------- held-out recordings

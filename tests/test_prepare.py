@@ -49,7 +49,7 @@ def make_year(root, name, n=3):
     taxonomy = "primary_label,inat_taxon_id,scientific_name,common_name,class_name\n" if new else "SPECIES_CODE,SCI_NAME,PRIMARY_COM_NAME\n"
     (root / COMPETITIONS[name].taxonomy).write_text(taxonomy + "".join(f"{label},1,S,C,Aves\n" if new else f"{label},S,C\n" for label in LABELS[name]))
     columns = sorted(LABELS[name])
-    (root / "sample_submission.csv").write_text(f"row_id,{','.join(columns)}\n{COMPETITIONS[name].row_id},{','.join(['0.1'] * len(columns))}\n")
+    (root / "sample_submission.csv").write_text(f"row_id,{','.join(columns)}\nsoundscape_1_5,{','.join(['0.1'] * len(columns))}\n")
     (root / "test_soundscapes").mkdir()
     if name == "birdclef-2026":
         (root / "train_soundscapes").mkdir()

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+import torch
 
 from . import engines, metrics
 from .cache import Cache
@@ -48,8 +49,6 @@ def windows_of(names: list[str], cache: Cache, *, only_first: bool = False) -> t
 
 
 def decibels(windows: np.ndarray, cache: Cache) -> np.ndarray:
-    import torch
-
     return to_log_mel(torch.from_numpy(windows), cache.config).numpy()
 
 

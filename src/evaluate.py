@@ -87,16 +87,16 @@ def truth_of(names: pd.Series, metadata: Metadata, config: dict) -> np.ndarray:
     return targets(rows, metadata.classes, "hard" if secondary in ("soft", "hard") else "ignore")[0]
 
 
-def open_cache(settings: EvaluateSettings, config: dict) -> tuple[Cache | None, str]:
-    """The cache to draw from, or None and why there is none. Raises UserError where --cache names one that does not fit."""
-    folder = settings.cache or Path(config["settings"]["cache"])
+def open_cache(named: Path | None, config: dict) -> tuple[Cache | None, str]:
+    """The cache to draw from, or None and why there is none. Raises UserError where --cache (`named`) does not fit."""
+    folder = named or Path(config["settings"]["cache"])
     try:
         cache = Cache(folder)
         if changed := differences(config["audio"], cache.config.to_dict()):
             raise UserError(f"{folder} holds another recipe than the run was trained on ({'; '.join(changed)})")
         return cache, ""
     except UserError as error:
-        if settings.cache:
+        if named:
             raise
         return None, f"{error}; --cache names another place"
 
@@ -105,7 +105,7 @@ def evaluate_run(settings: EvaluateSettings) -> None:
     from .report import OutOfFold, write_report  # here, since it imports torch
 
     folds, metadata, config = out_of_fold(settings.run, settings.data, settings.metadata)
-    cache, why_no_cache = open_cache(settings, config)
+    cache, why_no_cache = open_cache(settings.cache, config)
     classes, by_fold = list(metadata.classes), {}
     for fold, table in folds.items():
         by_fold[fold] = metrics.score(truth_of(table.filename, metadata, config), table[classes].to_numpy(), resamples=settings.resamples)

@@ -17,7 +17,7 @@ from .cache import Cache
 from .console import UserError, progress, say, stage
 from .dataset import HeldOutWindows, to_log_mel
 from .engines import MACRO_AP_BOUND, Engine
-from .evaluate import EvaluateSettings, open_cache, out_of_fold, truth_of
+from .evaluate import open_cache, out_of_fold, truth_of
 from .onnx_models import OnnxModel, find_models, load_model
 from .settings import parse
 from .storage import atomic_folder, write_json
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     engine = engines.choose("openvino", settings.precision)
     threads = settings.threads or os.cpu_count() or 1
     folds, metadata, config = out_of_fold(settings.run, settings.data, settings.metadata)
-    cache, why_not = open_cache(EvaluateSettings(run=settings.run, cache=settings.cache), config)
+    cache, why_not = open_cache(settings.cache, config)
     if cache is None:
         raise UserError(f"the held-out windows come from the cache: {why_not}")
     say(f"{settings.run}: {len(folds)} fold(s), {engine} against {Engine()} on {threads} thread(s)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +25,9 @@ def read(data: Path, metadata: Path | None = None) -> pd.DataFrame:
     table, raw = read_metadata([data], metadata).table.copy(), read_csv(file)
     for column in ("latitude", "longitude"):
         table[column] = pd.to_numeric(raw[column], errors="coerce").to_numpy() if column in raw else np.nan
-    todo = table.path[table.duration_s.isna() & table.path.map(os.path.exists)]
-    if len(todo):
-        table.loc[todo.index, "duration_s"] = folds.durations(todo)
+    todo = [row for row in table.index[table.duration_s.isna()] if Path(table.path[row]).exists()]
+    if todo:
+        table.loc[todo, "duration_s"] = folds.durations(table.path[todo])
     return table
 
 

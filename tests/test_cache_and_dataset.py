@@ -5,6 +5,7 @@ import sys
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile
 import torch
@@ -170,14 +171,12 @@ def test_a_longer_stretch_becomes_a_faster_window(data, cached):
 
 
 def test_rare_species_are_drawn_more_often_than_their_share():
-    import pandas as pd
-
     table = pd.DataFrame({"primary_label": ["a"] * 80 + ["b"] * 20, "rating": 0.0})
     share = sampling_share(table, power=0.5, use_rating=True)
     assert share[0] / share[-1] == pytest.approx((20 / 80) ** 0.5)
 
 
-def test_held_out_windows_cover_the_first_minute(data, cached):
+def test_held_out_windows_cover_the_first_minute(cached):
     opened = Cache(cached)
     windows = HeldOutWindows(opened.names, opened)
     for place, name in enumerate(opened.names):

@@ -90,8 +90,10 @@ def ranking_precision(target: np.ndarray, probability: np.ndarray) -> np.ndarray
 
 def bootstrap_weights(n: int, resamples: int, seed: int = 0) -> np.ndarray:
     """(n, 1 + resamples) how often each row is taken: all once, then drawn with replacement."""
-    rng = np.random.default_rng(seed)
-    return np.stack([np.ones(n), *(np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples))], axis=1).astype(np.float32)
+    rng, weights = np.random.default_rng(seed), np.ones((n, 1 + resamples), np.float32)
+    for column in range(1, 1 + resamples):
+        weights[:, column] = np.bincount(rng.integers(n, size=n), minlength=n)
+    return weights
 
 
 def score(target: np.ndarray, probability: np.ndarray, *, resamples: int = 200, seed: int = 0) -> dict[str, Estimate]:

@@ -175,7 +175,6 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--title {settings.title!r}: 6 to 39 ASCII letters, digits, spaces and hyphens (Kaggle takes 50 with \" submission\")")
     if not re.fullmatch(r"[A-Za-z0-9-]+", settings.owner):
         raise UserError(f"--owner {settings.owner!r} is no user name on Kaggle: letters, digits and hyphens")
-    competitions.competition(settings.competition)  # refuses an unknown one
     out, engine = settings.out, choose_engine(settings.precision)
     if out.is_file() or out.is_dir() and any(out.iterdir()) and not (out / kaggle.MANIFEST).exists():
         raise UserError(f"{out} is there and is no bundle; name another --out")

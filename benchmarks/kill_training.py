@@ -21,7 +21,6 @@ import pandas as pd
 
 from benchmarks.machine import about
 from src import metrics
-from src.checkpoint import load_tensors
 from src.console import UserError, progress, say, stage
 from src.demo_data import make_recordings, noise, write_audio
 from src.metadata import read_metadata, targets
@@ -85,7 +84,6 @@ def main(argv: list[str] | None = None) -> None:
         began = time.perf_counter()
         subprocess.run([*train, "--run", str(root / "alone")], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         seconds = time.perf_counter() - began
-        load_tensors(root / "alone/fold0/weights.safetensors")
         say(f"uninterrupted: {seconds:.0f} s; now {settings.kills} kills at random moments of it")
         rows, equal = [], 0
         for number in progress(range(settings.kills), what="killing", unit="kill"):

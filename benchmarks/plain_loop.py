@@ -38,7 +38,7 @@ from src.folds import read_folds
 from src.metadata import read_metadata, targets
 from src.models.torchvision_guard import import_timm
 from src.settings import flatten, parse
-from src.storage import atomic, write_json, write_text
+from src.storage import write_json, write_table, write_text
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,7 @@ def one_fold(fold: int, table: pd.DataFrame, fold_of: dict[str, int], classes: t
     model, speed = train_plainly(table.path[~held_out].tolist(), labels[~held_out], len(classes), settings, device)
     oof = pd.DataFrame(predict_plainly(model, table.path[held_out].tolist(), settings, device), columns=list(classes))
     oof.insert(0, "filename", table.filename[held_out].to_numpy())
-    with atomic(folder / "oof.csv") as partial:
-        oof.to_csv(partial, index=False, float_format="%.9g", lineterminator="\n")
+    write_table(folder / "oof.csv", oof, float_format="%.9g")
     speeds = {"trainer": trainer_speed, "plain": speed}
     write_json(folder / "speed.json", speeds)
     return speeds

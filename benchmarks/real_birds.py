@@ -45,11 +45,9 @@ def call(*words: object) -> None:
 
 def paired_gain(target: np.ndarray, ours: np.ndarray, theirs: np.ndarray, resamples: int) -> dict[str, metrics.Estimate]:
     """Our top-1 and macro AP less the baseline's, with 95 % intervals over the same resampled recordings."""
-    rng = np.random.default_rng(0)
-    draws = [np.arange(len(target)), *(rng.integers(len(target), size=len(target)) for _ in range(resamples))]
-    weights = np.stack([np.bincount(draw, minlength=len(target)) for draw in draws], axis=1).astype(np.float32)
+    weights = metrics.bootstrap_weights(len(target), resamples)
     gain = {"top1": (metrics.top1(target, ours) - metrics.top1(target, theirs)) @ weights / len(target),
-            "macro_ap": np.nanmean(metrics.per_class(target, ours, weights)[0], axis=0) - np.nanmean(metrics.per_class(target, theirs, weights)[0], axis=0)}
+            "macro_ap": metrics.mean_known(metrics.per_class(target, ours, weights)[0]) - metrics.mean_known(metrics.per_class(target, theirs, weights)[0])}
     return {name: metrics.Estimate(float(v[0]), *np.percentile(v[1:], [2.5, 97.5])) for name, v in gain.items()}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 from benchmarks.pooling import BASE, OPTIONS, Option, rows
 from src import metrics, plots
 from src.console import progress
-from src.metrics import NAMES, Estimate
+from src.metrics import NAMES, Estimate, bootstrap_weights, estimate, mean_known
 
 SHOWN = ("macro_ap", "padded_cmap", "macro_roc_auc")
 
@@ -31,30 +30,13 @@ class Scored:
         return np.stack([rows(windows, len(self.truth), window_seconds, option) for windows in self.windows])
 
 
-def draws(n: int, resamples: int, seed: int = 0) -> np.ndarray:
-    """(n, 1 + resamples) how often each soundscape is taken: all once, then with replacement."""
-    rng = np.random.default_rng(seed)
-    return np.stack([np.ones(n), *(np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples))], axis=1).astype(np.float32)
-
-
 def score(truth: np.ndarray, probability: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
     """truth (S, rows, C), probability (S, L, rows, C), weights (S, R) -> each metric under each column of weights, (R,)."""
     n_soundscapes, n_ratios, n_rows, n_classes = probability.shape
     target = np.repeat(truth[:, None], n_ratios, axis=1).reshape(-1, n_classes)
     flat, weights = probability.reshape(-1, n_classes), np.repeat(weights, n_ratios * n_rows, axis=0)
     precision, auc = metrics.per_class(target, flat, weights)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a resample without any positive is NaN
-        return {"macro_ap": np.nanmean(precision, axis=0), "padded_cmap": metrics.padded_cmap(target, flat, weights),
-                "macro_roc_auc": np.nanmean(auc, axis=0)}
-
-
-def estimate(values: np.ndarray, least: float = 0.0) -> Estimate:
-    """The first value with its 95 % interval, within [least, 1]; as in src.metrics the resamples' spread is put around the value itself."""
-    others = values[1:][np.isfinite(values[1:])]
-    if not len(others):
-        return Estimate(float(values[0]), float("nan"), float("nan"))
-    return Estimate(float(values[0]), *np.clip(values[0] + np.percentile(others, [2.5, 97.5]) - others.mean(), least, 1).tolist())
+    return {"macro_ap": mean_known(precision), "padded_cmap": metrics.padded_cmap(target, flat, weights), "macro_roc_auc": mean_known(auc)}
 
 
 def signed(gain: Estimate) -> str:
@@ -86,7 +68,7 @@ def measure(by_fold: dict[int, list[Scored]], snr_db: tuple[float, ...], window_
     """All scores; folds are pooled, and each fold's soundscapes were scored by its own model."""
     all_scored = [scored for of_fold in by_fold.values() for scored in of_fold]
     fold_of = np.repeat(list(by_fold), [len(of_fold) for of_fold in by_fold.values()])
-    truth, weights = np.stack([scored.truth for scored in all_scored]), draws(len(all_scored), resamples)
+    truth, weights = np.stack([scored.truth for scored in all_scored]), bootstrap_weights(len(all_scored), resamples)
     by_option: dict[Option, tuple[dict, dict]] = {}
     base = np.stack([scored.rows(window_seconds) for scored in all_scored])  # (S, L, rows, C)
     values = base_values = score(truth, base, weights)

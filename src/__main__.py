@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 STAGES = ("folds", "cache", "train", "evaluate", "export", "infer")
-AROUND = ("prepare", "distil", "bundle", "timeline", "experiments", "demo")
+AROUND = ("prepare", "distil", "precision", "bundle", "timeline", "experiments", "demo")
 
 
 def first_line(module: str) -> str:

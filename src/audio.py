@@ -34,7 +34,6 @@ class DamagedAudio(Exception):
 @dataclass(frozen=True)
 class Header:
     sample_rate: int  # Hz, of the file
-    channels: int
     n_samples: int  # per channel, at the file's rate
 
     @property
@@ -46,7 +45,7 @@ def read_header(path: Path | str) -> Header:
     """The header's facts. Raises DamagedAudio where there is no readable, believable header."""
     try:
         with soundfile.SoundFile(path) as file:
-            header = Header(file.samplerate, file.channels, file.frames)
+            header = Header(file.samplerate, file.frames)
         size = os.path.getsize(path)
     except (soundfile.LibsndfileError, OSError, RuntimeError, TypeError) as error:
         raise DamagedAudio(_cause(path, error)) from error
@@ -168,8 +167,8 @@ def frames_to_log_mel(padded: np.ndarray, config: AudioConfig) -> np.ndarray:
     frames = sliding_window_view(padded, config.n_fft)[:: config.hop_length]
     log_mel = np.empty((config.n_mels, len(frames)), np.float32)
     for start in range(0, len(frames), BLOCK_FRAMES):
-        block = frames[start : start + BLOCK_FRAMES] * _window(config)  # (<= 500, n_fft)
-        power = np.abs(scipy.fft.rfft(block, axis=-1)) ** 2  # (<= 500, n_fft / 2 + 1), complex64 -> float32
+        block = frames[start : start + BLOCK_FRAMES] * _window(config)  # (<= BLOCK_FRAMES, n_fft)
+        power = np.abs(scipy.fft.rfft(block, axis=-1)) ** 2  # (<= BLOCK_FRAMES, n_fft / 2 + 1), complex64 -> float32
         log_mel[:, start : start + BLOCK_FRAMES] = _filterbank(config) @ power.T
     log_mel += EPSILON
     np.log(log_mel, out=log_mel)  # numpy's log10 takes four times as long

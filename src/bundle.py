@@ -14,16 +14,17 @@ from typing import Literal
 import numpy as np
 import soundfile
 
-from . import demo_data, engines, golden, kaggle
+from . import competitions, demo_data, engines, golden, kaggle
 from .console import UserError, say, stage
 from .engines import Engine
 from .onnx_models import find_models
 from .settings import parse
-from .storage import sha256, write_json, write_text
+from .storage import atomic_folder, sha256, write_json, write_text
 
 ROOT = Path(__file__).parents[1]
 ENTRIES = ("kaggle", "golden", "infer", "timeline")  # what the notebook calls
 NOTEBOOK = "kaggle_submission.ipynb"
+RESERVE_MINUTES = 10  # of the competition's limit, for what the notebook does beside scoring
 METADATA = ("dataset-metadata.json", "kernel-metadata.json")  # the kaggle command reads these and does not upload them
 KAGGLE_PYTHON, PLATFORM = "3.12", "manylinux_2_28_x86_64"
 GOLDEN_SECONDS = 8.0  # two rows, the second one padded
@@ -43,7 +44,8 @@ class BundleSettings:
     """Your user name on Kaggle."""
     title: str = "ASCA BirdCLEF"
     """The data set's; the notebook adds " submission". In lower case with hyphens it is the address."""
-    competition: str = "birdclef-2023"
+    competition: str = competitions.DEFAULT
+    """The year that the notebook is for; its time limit is written into it."""
     licence: str = "other"
     """Of the data set, by Kaggle's names; `other` is what its description says."""
 
@@ -111,6 +113,12 @@ def download_command(engine: Engine) -> str:
     return f"pip download {packages} --python-version {KAGGLE_PYTHON} --only-binary=:all: --platform {PLATFORM} --no-deps -d input/wheels"
 
 
+def write_notebook(out: Path, limit: float) -> None:
+    """The notebook, with the minutes that a competition's limit leaves it."""
+    text = (ROOT / "notebooks" / NOTEBOOK).read_text(encoding="utf-8")
+    write_text(out / NOTEBOOK, re.sub(r"minutes = \d+  # of the \d+", f"minutes = {limit - RESERVE_MINUTES:g}  # of the {limit:g}", text))
+
+
 def write_metadata(out: Path, settings: BundleSettings) -> None:
     """What the kaggle command reads, in its own words: dataset-metadata.json and kernel-metadata.json."""
     slug = re.sub("[ -]+", "-", settings.title.lower())
@@ -144,11 +152,11 @@ def choose_engine(precision: str) -> Engine:
 
 def build(settings: BundleSettings, engine: Engine, out: Path) -> int:
     """Fills the new folder `out` and returns the number of files to upload."""
-    (out / "src").mkdir(parents=True)
+    (out / "src").mkdir()
     for name in sources(ROOT / "src", ENTRIES):
         shutil.copyfile(ROOT / "src" / name, out / "src" / name)
     shutil.copyfile(ROOT / "LICENSE", out / "LICENSE")
-    shutil.copyfile(ROOT / "notebooks" / NOTEBOOK, out / NOTEBOOK)
+    write_notebook(out, competitions.competition(settings.competition).cpu_minutes)
     write_models(settings.run, out / "runs", engine)
     write_json(out / kaggle.SETTINGS, {"precision": settings.precision})
     write_golden(out / "golden", kaggle.runs(out))
@@ -158,16 +166,6 @@ def build(settings: BundleSettings, engine: Engine, out: Path) -> int:
     n_files = write_manifest(out)
     kaggle.verify(out)
     return n_files
-
-
-def replace_folder(new: Path, out: Path) -> None:
-    """`new` takes the name `out`; what stood there is deleted afterwards."""
-    old = out.with_name(out.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    new.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @stage
@@ -180,15 +178,8 @@ def main(argv: list[str] | None = None) -> None:
     out, engine = settings.out, choose_engine(settings.precision)
     if out.is_file() or out.is_dir() and any(out.iterdir()) and not (out / kaggle.MANIFEST).exists():
         raise UserError(f"{out} is there and is no bundle; name another --out")
-    partial = out.with_name(out.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
+    with atomic_folder(out) as partial:
         n_files = build(settings, engine, partial)
-        replace_folder(partial, out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     say(f"wrote {out}: {n_files} files to upload, {size / 1e6:.1f} MB. Upload it, and then the notebook:\n"
         f"  kaggle datasets create -p {out} -r zip\n  kaggle kernels push -p {out}")

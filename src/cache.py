@@ -20,7 +20,7 @@ from .config import AudioConfig, differences
 from .console import UserError, progress, say, stage
 from .metadata import read_csv, read_metadata
 from .settings import parse
-from .storage import atomic, owned, safe_cell, sha256, sync_folder, write_json, write_text
+from .storage import owned, safe_cell, sha256, sync_folder, write_json, write_table, write_text
 
 DATA, INDEX, HEADER, DAMAGED, JOURNAL = "log_mels.u8", "index.csv", "cache.json", "damaged.csv", "journal.partial"
 FORMAT = 1
@@ -224,10 +224,8 @@ def _finish(out: Path, partial: Path, entries: list[dict], plan: dict) -> None:
         raise UserError(f"none of the {len(index)} recordings could be read; the first, {damaged.filename.iloc[0]}: "
                         f"{damaged.cause.iloc[0]}. Is the audio below train_audio/?")
     index.insert(1, "first_frame", index.frames.cumsum() - index.frames)
-    with atomic(out / INDEX) as path:
-        index[index.cause == ""].drop(columns="cause").to_csv(path, index=False, lineterminator="\n")
-    with atomic(out / DAMAGED) as path:
-        damaged[["filename", "cause"]].map(safe_cell).to_csv(path, index=False, lineterminator="\n")
+    write_table(out / INDEX, index[index.cause == ""].drop(columns="cause"))
+    write_table(out / DAMAGED, damaged[["filename", "cause"]].map(safe_cell))
     os.replace(partial, out / DATA)
     sync_folder(out)
     write_json(out / HEADER, {**plan, "index_sha256": sha256(out / INDEX), "data_bytes": (out / DATA).stat().st_size})

@@ -82,8 +82,8 @@ class Crops(Dataset):
             crop = random_filter(crop, self.settings.filter_db / self.cache.config.db_step, rng)
         return self.spec_augment(crop, rng)
 
-    def waveform_crop(self, row: int, start: int, n_window: int, rng: np.random.Generator | None) -> np.ndarray:
-        """The same `n_window` frames from the audio file, augmented before the log-mel (without `rng`: not augmented).
+    def waveform_crop(self, row: int, start: int, n_window: int, rng: np.random.Generator) -> np.ndarray:
+        """The same `n_window` frames from the audio file, augmented before the log-mel.
 
         The stretch is read with half an n_fft of context on both sides and padded where the recording ends, so
         that its frames are the cache's own.
@@ -96,8 +96,7 @@ class Crops(Dataset):
             stretch = self.waveforms.read(row, max(0, left), right)
         except DamagedAudio as error:
             raise RuntimeError(f"{self.paths[row]} was readable when it was cached, and is not now: {error}") from error
-        if rng is not None:
-            stretch = self.waveform_augment(stretch, rng)
+        stretch = self.waveform_augment(stretch, rng)
         if len(stretch) < right - left:
             stretch = np.pad(stretch, (max(0, -left), right - max(0, left) - len(stretch)))
         crop = audio.to_uint8(audio.frames_to_log_mel(stretch, config), config).T

@@ -13,7 +13,7 @@ from .console import UserError, say, stage
 from .demo_data import make
 from .evaluate import score_submission
 from .metadata import read_csv
-from .storage import write_text
+from .storage import write_table
 
 DATA, RUN, OUT = Path("input/demo"), Path("runs/demo"), Path("submissions/demo.csv")
 LEAST_AUC, CHANCE = 0.90, (0.35, 0.65)
@@ -34,7 +34,7 @@ def permuted(labels: Path, out: Path) -> Path:
     """The same labels on other rows: what a submission scores by chance."""
     table = read_csv(labels)
     table["labels"] = np.random.default_rng(0).permutation(table.labels)
-    write_text(out, table.to_csv(index=False, lineterminator="\n"))
+    write_table(out, table)
     return out
 
 

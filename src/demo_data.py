@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import soundfile
 
-from .storage import atomic
+from .storage import atomic, write_table
 from .submission import ROW_SECONDS, row_ids
 
 RATE = 32_000  # Hz
@@ -156,5 +156,4 @@ def make(root: Path, seed: int = 0) -> None:
         "train_metadata.csv": metadata,  # last: where it lies, the data set is whole
     }
     for name, table in tables.items():
-        with atomic(root / name) as partial:
-            table.to_csv(partial, index=False, lineterminator="\n")
+        write_table(root / name, table)

@@ -18,7 +18,7 @@ import pandas as pd
 from .config import AudioConfig, differences
 from .console import UserError, say
 from .metadata import read_csv
-from .soundscapes import Soundscape
+from .soundscapes import Overview, Soundscape
 from .storage import atomic, owned, safe_cell, write_text
 from .submission import ROW_SECONDS
 
@@ -120,13 +120,13 @@ def raven(detections: Sequence[Detection], file: str, names: Names, band: tuple[
     lines = ["\t".join(RAVEN)]
     for number, d in enumerate(detections, start=1):
         lines.append("\t".join([str(number), "Spectrogram 1", "1", _text_cell(file.rpartition("/")[2]), f"{d.start:.3f}", f"{d.end:.3f}",
-                                f"{band[0]:.0f}", f"{band[1]:.0f}", _text_cell(_common(d, names)), f"{d.probability:.4f}"]))
+                                f"{band[0]:.0f}", f"{band[1]:.0f}", _text_cell(_common(d.label, names)), f"{d.probability:.4f}"]))
     return "\n".join(lines) + "\n"
 
 
 def audacity(detections: Sequence[Detection], names: Names) -> str:
     """An Audacity label track: start, end, label."""
-    return "".join(f"{d.start:.6f}\t{d.end:.6f}\t{_text_cell(_common(d, names))} {d.probability:.2f}\n" for d in detections)
+    return "".join(f"{d.start:.6f}\t{d.end:.6f}\t{_text_cell(_common(d.label, names))} {d.probability:.2f}\n" for d in detections)
 
 
 def table(detections: Sequence[Detection], file: str, names: Names) -> str:
@@ -139,8 +139,8 @@ def table(detections: Sequence[Detection], file: str, names: Names) -> str:
     return text.getvalue()
 
 
-def _common(detection: Detection, names: Names) -> str:
-    return names.get(detection.label, ("", ""))[1] or detection.label
+def _common(label: str, names: Names) -> str:
+    return names.get(label, ("", ""))[1] or label
 
 
 class DetectionTables:
@@ -220,12 +220,11 @@ class DetectionTables:
 
     def _draw(self, path: Path, soundscape: Soundscape, probability: np.ndarray) -> None:
         from . import plots  # here, since a submission needs no matplotlib
-        from .soundscapes import Overview
 
         seconds = soundscape.n_rows * ROW_SECONDS
         overview = soundscape.overview or Overview(self.config, seconds)
         shown = np.isfinite(self.thresholds)
-        plots.timeline(path, overview.image(seconds), probability[:, shown], [_common(Detection(0, 0, label, 0), self.names)
+        plots.timeline(path, overview.image(seconds), probability[:, shown], [_common(label, self.names)
                        for label in np.array(self.classes)[shown]], overview.config, row_seconds=ROW_SECONDS, heading=self._file(soundscape))
 
     def finish(self, soundscapes: Sequence[Soundscape]) -> None:

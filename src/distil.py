@@ -18,7 +18,7 @@ from .metadata import read_metadata
 from .predict import predict
 from .settings import parse
 from .soft_labels import UNSEEN
-from .storage import atomic
+from .storage import write_table
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     mean = sum(tables) / len(tables)
     if settings.data:
         mean = pd.concat([mean, unseen(settings, config, metadata)])
-    with atomic(settings.out) as partial:
-        mean.reset_index().to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
+    write_table(settings.out, mean.reset_index(), float_format="%.6g")
     say(f"wrote {settings.out}: {len(tables[0])} recordings out of fold, {len(mean) - len(tables[0])} unseen; {len(settings.run)} teacher run(s)")
 
 

@@ -17,7 +17,7 @@ from .metadata import Metadata, read_csv, read_metadata, targets
 from .metrics import NAMES
 from .run_config import comparable, read_config
 from .settings import parse
-from .storage import atomic, safe_cell
+from .storage import safe_cell, write_table
 
 
 @dataclass(frozen=True)
@@ -87,16 +87,16 @@ def truth_of(names: pd.Series, metadata: Metadata, config: dict) -> np.ndarray:
     return targets(rows, metadata.classes, "hard" if secondary in ("soft", "hard") else "ignore")[0]
 
 
-def open_cache(settings: EvaluateSettings, config: dict) -> tuple[Cache | None, str]:
-    """The cache to draw from, or None and why there is none. Raises UserError where --cache names one that does not fit."""
-    folder = settings.cache or Path(config["settings"]["cache"])
+def open_cache(named: Path | None, config: dict) -> tuple[Cache | None, str]:
+    """The cache to draw from, or None and why there is none. Raises UserError where --cache (`named`) does not fit."""
+    folder = named or Path(config["settings"]["cache"])
     try:
         cache = Cache(folder)
         if changed := differences(config["audio"], cache.config.to_dict()):
             raise UserError(f"{folder} holds another recipe than the run was trained on ({'; '.join(changed)})")
         return cache, ""
     except UserError as error:
-        if settings.cache:
+        if named:
             raise
         return None, f"{error}; --cache names another place"
 
@@ -105,7 +105,7 @@ def evaluate_run(settings: EvaluateSettings) -> None:
     from .report import OutOfFold, write_report  # here, since it imports torch
 
     folds, metadata, config = out_of_fold(settings.run, settings.data, settings.metadata)
-    cache, why_no_cache = open_cache(settings, config)
+    cache, why_no_cache = open_cache(settings.cache, config)
     classes, by_fold = list(metadata.classes), {}
     for fold, table in folds.items():
         by_fold[fold] = metrics.score(truth_of(table.filename, metadata, config), table[classes].to_numpy(), resamples=settings.resamples)
@@ -116,11 +116,9 @@ def evaluate_run(settings: EvaluateSettings) -> None:
     sizes = {fold: len(table) for fold, table in folds.items()} | {"pooled": len(pooled)}
     rows = [{"fold": fold, "recordings": sizes[fold], "metric": name, "value": e.value, "low": e.low, "high": e.high}
             for fold, scores in {**by_fold, "pooled": pooled_scores}.items() for name, e in scores.items()]
-    with atomic(settings.run / "metrics.csv") as partial:
-        pd.DataFrame(rows).to_csv(partial, index=False, float_format="%.6f", lineterminator="\n")
+    write_table(settings.run / "metrics.csv", pd.DataFrame(rows), float_format="%.6f")
     per_class = per_class_table(classes, metadata, truth, probability)
-    with atomic(settings.run / "per_class.csv") as partial:
-        per_class.assign(primary_label=per_class.primary_label.map(safe_cell)).to_csv(partial, index=False, float_format="%.4f", lineterminator="\n")
+    write_table(settings.run / "per_class.csv", per_class.assign(primary_label=per_class.primary_label.map(safe_cell)), float_format="%.4f")
     columns = {f"fold {fold}": scores for fold, scores in by_fold.items()}
     if len(folds) > 1:
         columns |= {"mean over folds": means, "pooled": pooled_scores}

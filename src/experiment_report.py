@@ -10,10 +10,10 @@ import pandas as pd
 from scipy.stats import t
 
 from . import plots
-from .experiment_results import SPEED, Results, read_table, unpacked, write_table
+from .experiment_results import FLOATS, SPEED, Results, read_table, unpacked
 from .metrics import NAMES
 from .paper_tables import BUDGETS, Budget, Row, Table
-from .storage import write_text
+from .storage import write_table, write_text
 
 NONE = "–"
 RESAMPLES = 2000
@@ -123,7 +123,7 @@ def write_report(table: Table, budget: Budget, names: Sequence[str], results: Re
     parts = [DataTable(table, budget, data, results, noisy, speeds) for data in names]
     if not any(len(found) for part in parts for found in part.found.values()):
         return False
-    write_table(folder / f"{stem}.csv", pd.DataFrame([row for part in parts for row in part.long(table.paper)]))
+    write_table(folder / f"{stem}.csv", pd.DataFrame([row for part in parts for row in part.long(table.paper)]), FLOATS)
     draw(folder / f"{stem}.png", table, parts, f"{table.title}\n{size(budget)}")
     bases = sorted({row.against for row in table.rows})
     base = bases[0] if len(bases) == 1 else "ASCA (a baseline's: minus ASCA at the same share)"

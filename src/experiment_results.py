@@ -12,11 +12,12 @@ import pandas as pd
 from .console import UserError
 from .metadata import read_csv
 from .metrics import NAMES
-from .storage import atomic
+from .storage import write_table
 
 COLUMNS = ["data", "split", "key", "row", "noise", "seed", "fold", "held_out", "training", *NAMES, "parameters", "gmacs", "train_seconds", "device", "jobs",
            "network", "epochs", "input_side", "commit", "hits"]
 TEXTS = {"data", "split", "key", "row", "noise", "device", "network", "commit", "hits"}
+FLOATS = "%.6g"
 SPEED = ["network", "windows_per_second", "threads", "device"]
 
 
@@ -41,7 +42,7 @@ class Cell:
 
 
 def read_table(file: Path, columns: list[str]) -> pd.DataFrame:
-    """A table as `write_table` left it, its numbers as numbers; empty where there is none yet. Raises UserError for another table."""
+    """A table of such a file, its numbers as numbers; empty where there is none yet. Raises UserError for another table."""
     if not file.exists():
         return pd.DataFrame(columns=columns)
     table = read_csv(file)
@@ -51,11 +52,6 @@ def read_table(file: Path, columns: list[str]) -> pd.DataFrame:
         return table.assign(**{name: pd.to_numeric(table[name]) for name in columns if name not in TEXTS})
     except ValueError as error:
         raise UserError(f"{file}: {error}; move it away, or delete the row") from error
-
-
-def write_table(file: Path, table: pd.DataFrame) -> None:
-    with atomic(file) as partial:
-        table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
 
 
 class Results:
@@ -70,7 +66,7 @@ class Results:
         new = pd.DataFrame([row])[COLUMNS]
         same = (self.table[["data", "key", "seed", "fold"]] == new[["data", "key", "seed", "fold"]].iloc[0]).all(axis=1)
         table = pd.concat([self.table[~same], new], ignore_index=True) if len(self.table) else new
-        write_table(self.file, table.sort_values(["data", "row", "key", "seed", "fold"]))
+        write_table(self.file, table.sort_values(["data", "row", "key", "seed", "fold"]), float_format=FLOATS)
         self.table = read_table(self.file, COLUMNS)  # as rounded there: a table drawn now is the one that is drawn from the file later
 
     def finished(self) -> set[Cell]:

@@ -22,7 +22,7 @@ from .config import AudioConfig
 from .console import UserError, progress, say, stage
 from .devices import device_name
 from .experiment_report import stem_of, write_report
-from .experiment_results import SPEED, Cell, Results, read_table, write_table
+from .experiment_results import FLOATS, SPEED, Cell, Results, read_table
 from .experiment_training import Job, Workers
 from .folds import read_folds
 from .models import create_model
@@ -30,7 +30,7 @@ from .network_cost import cpu_windows_per_second
 from .paper_tables import BUDGETS, PAPER, Budget, Row, Table
 from .recipe_table import recipe_table
 from .settings import parse
-from .storage import owned
+from .storage import owned, write_table
 
 TABLES = {**PAPER, "recipe": recipe_table}
 N_CLASSES = 264  # of the networks whose speed is measured: BirdCLEF 2023's
@@ -215,7 +215,7 @@ def measure_speed(settings: ExperimentSettings, tables: list[Table]) -> None:
         model = create_model(chosen.model, N_CLASSES, AudioConfig(), replace(chosen.network, drop_path=0.0))
         rate = cpu_windows_per_second(model, AudioConfig(), threads)
         speeds.loc[len(speeds)] = [network, float(f"{rate:.4g}"), threads, device_name(torch.device("cpu"))]
-        write_table(file, speeds)
+        write_table(file, speeds, FLOATS)
 
 
 def completed(settings: ExperimentSettings) -> ExperimentSettings:

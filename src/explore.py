@@ -12,7 +12,7 @@ from matplotlib.ticker import LogFormatter
 
 from . import audio, folds, plots
 from .config import AudioConfig
-from .console import UserError, progress
+from .console import UserError
 from .metadata import read_csv, read_metadata
 
 
@@ -26,11 +26,8 @@ def read(data: Path, metadata: Path | None = None) -> pd.DataFrame:
     for column in ("latitude", "longitude"):
         table[column] = pd.to_numeric(raw[column], errors="coerce").to_numpy() if column in raw else np.nan
     todo = [row for row in table.index[table.duration_s.isna()] if Path(table.path[row]).exists()]
-    for row in progress(todo, what="reading durations", unit="file") if todo else ():
-        try:
-            table.loc[row, "duration_s"] = audio.read_header(table.path[row]).seconds
-        except audio.DamagedAudio:
-            continue  # stays unknown, and is counted so; the cache lists it by name
+    if todo:
+        table.loc[todo, "duration_s"] = folds.durations(table.path[todo])
     return table
 
 
@@ -87,7 +84,7 @@ def draw_authors(path: Path, table: pd.DataFrame, n: int = 20) -> Path:
     if counts.empty:
         return _save(_empty(figure, [top, share], "no recordist is named"), path)
     top.barh(range(len(counts[:n])), counts[:n])
-    top.set_yticks(range(len(counts[:n])), [name if len(name) <= 30 else name[:29] + "…" for name in counts.index[:n]], fontsize=7)
+    top.set_yticks(range(len(counts[:n])), [plots.plain(name, 30) for name in counts.index[:n]], fontsize=7)
     top.invert_yaxis()
     top.set(title=f"the {len(counts[:n])} most active of {len(counts)} recordists", xlabel="recordings")
     share.plot(np.arange(1, len(counts) + 1), counts.cumsum() / len(table))

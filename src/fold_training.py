@@ -32,17 +32,13 @@ from .predict import predict
 from .run_config import versions
 from .settings import flatten
 from .soft_labels import blend, read_soft_labels
-from .storage import atomic, sha256, write_json, write_text
+from .storage import sha256, write_json, write_table, write_text
 from .train_settings import TrainSettings
 from .weight_noise import WeightNoise
 
 GOLDEN_WINDOWS = 16  # held-out windows kept beside the weights: the export is checked on them
 NOT_VALIDATED = {"valid_loss": math.nan, "valid_top1": math.nan, "valid_macro_ap": math.nan}
 SECONDS_BETWEEN_CURVES = 20.0  # drawing them takes a third of one
-
-
-class Diverged(UserError):
-    """The loss is no number."""
 
 
 class FoldTraining:
@@ -110,8 +106,7 @@ class FoldTraining:
 
     def write_history(self, *, finished: bool = False) -> None:
         history = pd.DataFrame(self.history)
-        with atomic(self.folder / "history.csv") as partial:
-            history.to_csv(partial, index=False, float_format="%.9g", lineterminator="\n")
+        write_table(self.folder / "history.csv", history, float_format="%.9g")
         if self.settings.pictures and (finished or time.monotonic() - self.drawn > SECONDS_BETWEEN_CURVES):
             self.drawn = time.monotonic()
             plots.curves(self.folder / "curves.png", history, f"{self.settings.run.name}, fold {self.fold}")
@@ -209,15 +204,15 @@ class FoldTraining:
             self.ema.update(self.model, step=step + 1)
 
     def value_of(self, pending: tuple[Later, int, int, Tensor] | None) -> float:
-        """A part's loss as a number. Raises Diverged, with the part's recordings, where it is none."""
+        """A part's loss as a number. Raises UserError, with the part's recordings, where it is none."""
         if pending is None:
             return 0.0
         loss, epoch, step, rows = pending
         value = loss.value()
         if not math.isfinite(value):
             names = ", ".join(sorted(set(self.training.filename.iloc[rows.numpy()])))
-            raise Diverged(f"the loss is {value} at epoch {epoch + 1}, step {step + 1}; nothing of this epoch is saved. Lower --learning-rate "
-                           f"or set --precision fp32, and look at the batch's recordings: {names}")
+            raise UserError(f"the loss is {value} at epoch {epoch + 1}, step {step + 1}; nothing of this epoch is saved. Lower --learning-rate "
+                            f"or set --precision fp32, and look at the batch's recordings: {names}")
         return value
 
     # -------------------------------------------------------------------------------------- held-out recordings
@@ -257,8 +252,7 @@ class FoldTraining:
         if not self.accelerator.is_main_process:
             return
         self.write_history(finished=True)
-        with atomic(self.folder / "oof.csv") as partial:
-            oof.to_csv(partial, index=False, float_format="%.9g", lineterminator="\n")
+        write_table(self.folder / "oof.csv", oof, float_format="%.9g")
         windows = HeldOutWindows(names[:GOLDEN_WINDOWS], self.cache, only_first=True)
         golden = torch.stack([windows[item][0] for item in range(len(windows))])
         write_json(self.folder / "timing.json", {"device": device_name(self.accelerator.device), "seconds": self.seconds})

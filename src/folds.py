@@ -89,22 +89,28 @@ def _by_author(table: pd.DataFrame, n_folds: int, seed: int) -> np.ndarray:
     return folds
 
 
+def durations(paths: pd.Series) -> pd.Series:
+    """Seconds by the header of each file; NaN where it is missing or damaged, which the cache lists."""
+    seconds = pd.Series(np.nan, paths.index)
+    for row in progress(paths.index, what="reading durations", unit="file"):
+        try:
+            seconds[row] = audio.read_header(paths[row]).seconds
+        except audio.DamagedAudio:
+            continue
+    return seconds
+
+
 def with_durations(metadata: Metadata) -> Metadata:
     """Fills in duration_s from the recordings' headers where the table lacks it and the audio is there: finds copies.
 
     A length that one in fifty recordings shares is one they were cut to, and says nothing: it stays unknown.
     """
     table = metadata.table.copy()
-    todo = table.index[table.duration_s.isna()]
-    if not len(todo) or not Path(table.path[todo[0]]).exists():
+    todo = table.path[table.duration_s.isna()]
+    if not len(todo) or not Path(todo.iloc[0]).exists():
         return metadata
-    seconds = pd.Series(np.nan, todo)
-    for row in progress(todo, what="reading durations", unit="file"):
-        try:
-            seconds[row] = audio.read_header(table.path[row]).seconds
-        except audio.DamagedAudio:
-            continue  # the cache lists it
-    table.loc[todo, "duration_s"] = seconds.where(seconds.map(seconds.value_counts()) < max(3, len(table) / 50))
+    seconds = durations(todo)
+    table.loc[todo.index, "duration_s"] = seconds.where(seconds.map(seconds.value_counts()) < max(3, len(table) / 50))
     return Metadata(table.assign(copy_group=copy_groups(table)), metadata.classes)
 
 

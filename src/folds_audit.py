@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
-from .storage import atomic, write_text
+from . import plots
+from .storage import write_text
 
 
 def _facts(table: pd.DataFrame, folds: np.ndarray, n_folds: int) -> dict[str, str]:
@@ -84,8 +86,6 @@ def write_audit(
 
 
 def _draw(table: pd.DataFrame, by_strategy: dict[str, np.ndarray], n_folds: int, picture: Path) -> None:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(6 * len(by_strategy), 8), layout="constrained")
     axes = figure.subplots(2, len(by_strategy), squeeze=False)
     order = table.primary_label.value_counts().index
@@ -100,5 +100,4 @@ def _draw(table: pd.DataFrame, by_strategy: dict[str, np.ndarray], n_folds: int,
         bars = bottom.bar([str(fold) for fold in sizes.index], sizes, color=["0.7"] + ["C0"] * n_folds)
         bottom.bar_label(bars)
         bottom.set(title=f"{name}: recordings held out", xlabel="fold (-1: always in training)", ylabel="recordings")
-    with atomic(picture) as partial:
-        figure.savefig(partial, dpi=110, format="png")
+    plots.save(figure, picture, dpi=110)

@@ -58,7 +58,7 @@ def precision(folder: Path, runs: Sequence[str], wanted: str) -> str:
     with tempfile.TemporaryDirectory() as out:
         rows = Path(out) / SUBMISSION
         command = [sys.executable, "-P", "-m", "src.infer", "--run", *runs, "--soundscapes", str(folder), "--out", str(rows), "--threads", "1",
-                   "--engine", "auto", "--precision", wanted]
+                   "--precision", wanted]
         this_code = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=TRIAL_SECONDS, env=this_code)

@@ -19,7 +19,7 @@ from .deadline import Guard
 from .onnx_models import OnnxModel, find_models
 from .scoring import TIME_WAS_UP, Ensemble, score
 from .soundscapes import Soundscape, find_soundscapes
-from .storage import atomic, safe_cell, sha256
+from .storage import safe_cell, sha256, write_table
 
 MARGIN_SECONDS, MARGIN_SHARE = 5.0, 0.02  # of the time limit kept free, beside twice what the last write and its validation take
 
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     add("--expected-seconds", type=float, help="length of a file whose header is unreadable (default: the competition's)")
     add("--batch-size", type=int, default=0, help="windows handed to the model at once; 0: two a thread, at least 8 (default: 0)")
     add("--threads", type=int, default=0, help="of the model; 0: all cores (default: 0)")
-    add("--engine", choices=engines.ENGINES, default="onnxruntime", help="auto: OpenVINO for bf16 and int8 (default: onnxruntime)")
+    add("--engine", choices=engines.ENGINES, default="auto", help="auto: onnxruntime for f32, OpenVINO for bf16 and int8 (default: auto)")
     add("--precision", choices=engines.PRECISIONS, default="f32", help="bf16, int8: OpenVINO's, once src.precision accepted them (default: f32)")
     add("--check", type=Path, metavar="FILE", help="only validate a submission (with --soundscapes also its rows, with --sample its columns)")
     limit = options.add_argument_group("deadline", "A submission of priors is written first and replaced as rows come; what does not fit is dropped: overlap "
@@ -151,9 +151,8 @@ def list_failures(path: Path, soundscapes: list[Soundscape], fate: str) -> None:
     if not failed:
         path.unlink(missing_ok=True)
         return
-    with atomic(path) as partial:
-        pd.DataFrame([[safe_cell(s.name + s.path.suffix), f"{s.seconds_decoded:.2f}", safe_cell(s.fault)] for s in failed],
-                     columns=["filename", "seconds_decoded", "cause"]).to_csv(partial, index=False, lineterminator="\n")
+    rows = [[safe_cell(s.name + s.path.suffix), f"{s.seconds_decoded:.2f}", safe_cell(s.fault)] for s in failed]
+    write_table(path, pd.DataFrame(rows, columns=["filename", "seconds_decoded", "cause"]))
     late = sum(s.fault.startswith(TIME_WAS_UP) for s in failed)
     if late:
         say(f"{TIME_WAS_UP} before {late} soundscape(s) were scored whole, listed in {path}; their missing rows {fate}")

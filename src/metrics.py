@@ -88,28 +88,32 @@ def ranking_precision(target: np.ndarray, probability: np.ndarray) -> np.ndarray
     return values
 
 
+def bootstrap_weights(n: int, resamples: int, seed: int = 0) -> np.ndarray:
+    """(n, 1 + resamples) how often each row is taken: all once, then drawn with replacement."""
+    rng, weights = np.random.default_rng(seed), np.ones((n, 1 + resamples), np.float32)
+    for column in range(1, 1 + resamples):
+        weights[:, column] = np.bincount(rng.integers(n, size=n), minlength=n)
+    return weights
+
+
 def score(target: np.ndarray, probability: np.ndarray, *, resamples: int = 200, seed: int = 0) -> dict[str, Estimate]:
     """All metrics of (n, C) probabilities against 0/1 targets, with 95 % intervals from `resamples` bootstraps of the rows.
 
     Macro AP and ROC-AUC run over the classes with a positive among the rows, padded cmAP over all classes,
     LRAP and top-1 over the rows with a label.
     """
-    n = len(target)
-    rng = np.random.default_rng(seed)
-    weights = np.ones((n, 1 + resamples), np.float32)  # the first column is the sample itself
-    for column in range(1, 1 + resamples):
-        weights[:, column] = np.bincount(rng.integers(n, size=n), minlength=n)
+    weights = bootstrap_weights(len(target), resamples, seed)
     precision, auc = per_class(target, probability, weights)
     return {
-        "padded_cmap": _estimate(padded_cmap(target, probability, weights)),
-        "macro_ap": _estimate(_mean_known(precision)),
-        "macro_roc_auc": _estimate(_mean_known(auc)),
-        "lrap": _estimate(_row_mean(ranking_precision(target, probability), weights)),
-        "top1": _estimate(_row_mean(top1(target, probability), weights)),
+        "padded_cmap": estimate(padded_cmap(target, probability, weights)),
+        "macro_ap": estimate(mean_known(precision)),
+        "macro_roc_auc": estimate(mean_known(auc)),
+        "lrap": estimate(_row_mean(ranking_precision(target, probability), weights)),
+        "top1": estimate(_row_mean(top1(target, probability), weights)),
     }
 
 
-def _mean_known(values: np.ndarray) -> np.ndarray:
+def mean_known(values: np.ndarray) -> np.ndarray:
     """(C, R) -> (R,) the mean over the classes that are not NaN; NaN where none is."""
     known = np.isfinite(values)
     with np.errstate(invalid="ignore"):
@@ -122,12 +126,13 @@ def _row_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
         return values[known] @ weights[known] / weights[known].sum(axis=0)
 
 
-def _estimate(values: np.ndarray) -> Estimate:
+def estimate(values: np.ndarray, least: float = 0.0) -> Estimate:
+    """The first value, with an interval from the others, its resamples, within [least, 1]."""
     resampled = values[1:][np.isfinite(values[1:])]
     if not len(resampled):
         return Estimate(float(values[0]), float("nan"), float("nan"))
     # Resampling repeats rows, which lifts an average precision a little: the spread is put around the value itself.
-    low, high = np.clip(values[0] + np.percentile(resampled, [2.5, 97.5]) - resampled.mean(), 0, 1)
+    low, high = np.clip(values[0] + np.percentile(resampled, [2.5, 97.5]) - resampled.mean(), least, 1)
     return Estimate(float(values[0]), float(low), float(high))
 
 

@@ -58,7 +58,8 @@ def find_models(runs: Sequence[Path], threads: int, engine: Engine = Engine()) -
     """
     models = []
     for run in runs:
-        folders = [folder for folder in sorted(run.glob("fold*")) if (folder / "model.onnx").exists() or (folder / "weights.safetensors").exists()]
+        folders = sorted(run.glob("fold*"), key=lambda folder: (len(folder.name), folder.name))  # fold10 after fold9
+        folders = [folder for folder in folders if (folder / "model.onnx").exists() or (folder / "weights.safetensors").exists()]
         if not folders:
             raise UserError(f"{run} holds no trained fold; train one with python -m src.train --run {run}")
         if any(_needs_export(folder) for folder in folders):

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from scipy.stats import binomtest
 
 from .config import AudioConfig
@@ -242,7 +243,7 @@ def timeline(path: Path, log_mel: np.ndarray, probabilities: np.ndarray, classes
     if truth is not None:
         for line, species in enumerate(shown):
             for row in np.flatnonzero(truth[:, species] > 0.5):
-                bottom.add_patch(_outline(row * row_seconds, line - 0.5, row_seconds))
+                bottom.add_patch(Rectangle((row * row_seconds, line - 0.5), row_seconds, 1, fill=False, edgecolor="C3", linewidth=1.5))
         bottom.set_title("red outline: the species is there", fontsize=9, loc="left")
     bottom.set(xlabel="seconds", xlim=(0, seconds), yticks=range(len(shown)))
     if seconds > 900:
@@ -252,9 +253,3 @@ def timeline(path: Path, log_mel: np.ndarray, probabilities: np.ndarray, classes
     bottom.set_yticklabels([classes[species] for species in shown], fontsize=8)
     figure.colorbar(image, ax=[top, bottom], label="probability", shrink=0.6)
     save(figure, path)
-
-
-def _outline(left: float, bottom: float, width: float):
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((left, bottom), width, 1, fill=False, edgecolor="C3", linewidth=1.5)

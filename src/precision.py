@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +10,17 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+import torch
 
 from . import engines, metrics
 from .cache import Cache
 from .console import UserError, progress, say, stage
 from .dataset import HeldOutWindows, to_log_mel
 from .engines import MACRO_AP_BOUND, Engine
-from .evaluate import EvaluateSettings, open_cache, out_of_fold, truth_of
+from .evaluate import open_cache, out_of_fold, truth_of
 from .onnx_models import OnnxModel, find_models, load_model
 from .settings import parse
-from .storage import write_json
+from .storage import atomic_folder, write_json
 
 F32_BOUND = 1e-5  # of any probability: rounding, no more
 BATCH = 32  # windows
@@ -49,8 +49,6 @@ def windows_of(names: list[str], cache: Cache, *, only_first: bool = False) -> t
 
 
 def decibels(windows: np.ndarray, cache: Cache) -> np.ndarray:
-    import torch
-
     return to_log_mel(torch.from_numpy(windows), cache.config).numpy()
 
 
@@ -74,12 +72,9 @@ def quantise(model: Path, windows: np.ndarray, cache: Cache) -> None:
     samples = [decibels(window[None], cache) for window in windows]
     quantised = nncf.quantize(openvino.Core().read_model(model), nncf.Dataset(samples), subset_size=len(samples), model_type=nncf.ModelType.TRANSFORMER,
                               preset=nncf.QuantizationPreset.MIXED, ignored_scope=nncf.IgnoredScope(types=["MatMul"], validate=False))
-    final = engines.quantised_path(model).parent
-    partial = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    openvino.save_model(quantised, partial / "model.xml", compress_to_fp16=False)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
+    final = engines.quantised_path(model)
+    with atomic_folder(final.parent) as partial:
+        openvino.save_model(quantised, partial / final.name, compress_to_fp16=False)
 
 
 def macro_ap(truth: np.ndarray, probability: np.ndarray) -> float:
@@ -102,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     engine = engines.choose("openvino", settings.precision)
     threads = settings.threads or os.cpu_count() or 1
     folds, metadata, config = out_of_fold(settings.run, settings.data, settings.metadata)
-    cache, why_not = open_cache(EvaluateSettings(run=settings.run, cache=settings.cache), config)
+    cache, why_not = open_cache(settings.cache, config)
     if cache is None:
         raise UserError(f"the held-out windows come from the cache: {why_not}")
     say(f"{settings.run}: {len(folds)} fold(s), {engine} against {Engine()} on {threads} thread(s)")

@@ -182,10 +182,10 @@ def confusions(oof: OutOfFold) -> list[str]:
 
 
 def worst(oof: OutOfFold) -> list[str]:
+    (oof.run / "mistakes.png").unlink(missing_ok=True)  # an earlier evaluation's
     names = oof.metadata.classes
     listed = mistakes.worst_mistakes(oof.names, oof.truth, oof.probability, oof.primary)[:LISTED]
     if listed.empty:
-        (oof.run / "mistakes.png").unlink(missing_ok=True)  # an earlier evaluation's
         return ["## Worst mistakes", "", "None: the likeliest class of every recording is one of its own."]
     windows = {} if oof.cache is None else {name: mistakes.loudest_window(oof.cache, name) for name in listed.filename if name in oof.cache}
     folds = dict(zip(oof.names, oof.fold))
@@ -196,7 +196,6 @@ def worst(oof: OutOfFold) -> list[str]:
              *table(["recording", "fold", "class", "probability", "taken for", "probability", "loudest window from (s)"], rows)]
     drawn = listed[listed.filename.isin(list(windows))].drop_duplicates(["true", "wrong"])[:DRAWN]
     if drawn.empty:
-        (oof.run / "mistakes.png").unlink(missing_ok=True)  # an earlier evaluation's
         return [*lines, f"No spectrograms: {text(oof.why_no_cache or 'the cache holds none of these recordings')}.", ""]
     draw_mistakes(oof, drawn, windows)
     return [*lines, "The loudest window of the worst of each pair, beside a recording of the class it was taken for, recognised "

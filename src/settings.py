@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,8 +21,6 @@ def parse(cls: type[T], argv: list[str] | None, *, prog: str, description: str, 
 
     `of_data` names a recipe that the first of the settings' data folders may hold, where src.prepare put it: it is read before all others.
     """
-    import sys
-
     argv = list(sys.argv[1:] if argv is None else argv)
     settings = _parse(cls, argv, prog, description)
     for recipe in [folder / of_data for folder in settings.data[:1]] if of_data else []:

@@ -6,13 +6,17 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from .console import UserError
+
+if TYPE_CHECKING:  # what installs the wheels on Kaggle needs no pandas
+    import pandas as pd
 
 
 @contextlib.contextmanager
@@ -38,6 +42,31 @@ def atomic(path: Path | str) -> Iterator[Path]:
             partial.unlink()
 
 
+@contextlib.contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yields an empty folder beside `path`; on success it takes the final name, and what stood there is deleted afterwards.
+
+    A link of that name is removed, but nothing that it leads to. On any failure what stood there stays.
+    """
+    path = Path(path)
+    partial, old = (path.with_name(path.name + ending) for ending in (".partial", ".old"))
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(old, ignore_errors=True)
+        if path.is_symlink():
+            path.unlink()
+        elif path.exists():
+            path.rename(old)
+        partial.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Makes a rename in `folder` survive a power cut (POSIX; elsewhere the rename alone has to do)."""
     if os.name == "posix":
@@ -55,6 +84,12 @@ def write_text(path: Path | str, text: str) -> None:
 
 def write_json(path: Path | str, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_table(path: Path | str, table: pd.DataFrame, float_format: str | None = None) -> None:
+    """A CSV without the index, its lines ended alike on every system."""
+    with atomic(path) as partial:
+        table.to_csv(partial, index=False, float_format=float_format, lineterminator="\n")
 
 
 def sha256(path: Path | str) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from .console import UserError
 from .metadata import read_csv
-from .storage import atomic, write_text
+from .storage import atomic
 
 ROW_SECONDS = 5.0
 POOLINGS = ("mean", "max")
@@ -80,11 +80,6 @@ def _text(ids: Sequence[str], probability: np.ndarray, path: Path) -> str:
 
 def _cell(text: str) -> str:
     return '"' + text.replace('"', '""') + '"' if any(mark in text for mark in ',"\r\n') else text
-
-
-def write(path: Path, ids: Sequence[str], probability: np.ndarray, classes: Sequence[str]) -> None:
-    """Writes (n, C) probabilities atomically."""
-    write_text(path, ",".join(map(_cell, ["row_id", *classes])) + "\n" + _text(ids, probability, path))
 
 
 class SubmissionFile:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from src import bundle, engines, golden, infer, kaggle
+from src import bundle, competitions, engines, golden, infer, kaggle
 from src.console import UserError
 from src.engines import Engine
 from src.storage import write_json
@@ -46,6 +46,13 @@ def test_the_metadata_are_what_the_kaggle_command_takes(built):
     if importlib.util.find_spec("openvino"):
         assert bundle.download_command(Engine("openvino", "bf16")) in readme
     assert kernel["dataset_sources"] == [data["id"]] and (built / kernel["code_file"]).exists() and kernel["enable_internet"] is False
+
+
+@pytest.mark.parametrize(("name", "line"), [("birdclef-2023", "minutes = 110  # of the 120 that"), ("birdclef-2025", "minutes = 80  # of the 90 that")])
+def test_the_notebook_keeps_the_competition_s_time_limit(tmp_path, name, line):
+    bundle.write_notebook(tmp_path, competitions.competition(name).cpu_minutes)
+    text, committed = (tmp_path / bundle.NOTEBOOK).read_text(), (bundle.ROOT / "notebooks" / bundle.NOTEBOOK).read_text()
+    assert line in text and (text == committed) == (name == competitions.DEFAULT) and len(json.loads(text)["cells"]) == len(json.loads(committed)["cells"])
 
 
 @pytest.mark.parametrize("name", ["runs/run/fold0/model.onnx", "src/audio.py", "golden/log_mel.npy", "LICENSE"])
@@ -110,7 +117,7 @@ def test_a_lossy_precision_travels_with_its_verdict_and_is_tried_before_it_is_us
         return found, capfd.readouterr().out.splitlines()[-1]
 
     assert tried()[0] == "int8"
-    flags = ["--soundscapes", str(soundscapes), "--threads", "1", "--engine", "auto"]
+    flags = ["--soundscapes", str(soundscapes), "--threads", "1"]
     for out, run, precision in (("here", str(measured_run), "int8"), ("there", *runs, "int8"), ("exact", *runs, "f32")):
         assert infer.main(["--run", run, *flags, "--precision", precision, "--out", str(tmp_path / f"{out}.csv")]) == 0
     here, there, exact = ((tmp_path / f"{out}.csv").read_bytes() for out in ("here", "there", "exact"))
@@ -155,6 +162,7 @@ def test_what_cannot_be_bundled_is_refused(tmp_path, run, capsys):
     shutil.copytree(run / "fold0", tmp_path / "run/fold0")
     base = ["--run", str(run), "--out"]
     for flags, message in (([*base, str(tmp_path / "mine")], "is no bundle"), ([*base, str(tmp_path / "b"), "--title", "ASCA"], "6 to 39"),
+                           ([*base, str(tmp_path / "b"), "--competition", "birdclef-2022"], "known are birdclef-2023"),
                            ([*base, str(tmp_path / "b"), "--wheels", str(tmp_path)], "pip download onnxruntime=="),
                            (["--run", str(run), str(tmp_path / "run"), "--out", str(tmp_path / "b")], "two runs are named run"),
                            (["--run", "--out", str(tmp_path / "b")], "names no run"),

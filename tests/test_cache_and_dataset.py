@@ -5,6 +5,7 @@ import sys
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile
 import torch
@@ -111,17 +112,18 @@ def crops_of(data, cached, **settings) -> Crops:
 
 
 @pytest.mark.parametrize(("rate", "memory"), [(32_000, 0), (44_100, 0), (44_100, 1)])
-def test_the_waveform_path_gives_the_cache_s_frames(tmp_path, rate, memory):
+def test_the_waveform_path_gives_the_cache_s_frames(tmp_path, rng, rate, memory):
     """Within the uint8 step, at a recording's ends too, and for recordings shorter than a window."""
     table = make_data(tmp_path)
     for number, path in enumerate(sorted((tmp_path / "train_audio").rglob("*.ogg"))):
         soundfile.write(path, waveform((2.3, 5.0, 5.8, 9.1)[number % 4], rate), rate)
     assert cache.main(["--data", str(tmp_path), "--out", str(tmp_path / "c")]) == 0
     crops = crops_of(tmp_path, tmp_path / "c", waveform_memory=memory)
+    crops.waveform_augment = lambda stretch, rng: stretch
     for row in range(4):
         n, window = crops.cache.n_frames(table.filename[row]), crops.cache.config.window_frames
         for start in {0, max(0, n - window) // 2, max(0, n - window)}:
-            waveform_path = crops.waveform_crop(row, start, window, None)
+            waveform_path = crops.waveform_crop(row, start, window, rng)
             frames = np.arange(start, start + window) % n if n < window else np.arange(start, start + window)
             expected = crops.cache.read(table.filename[row])[frames]
             assert waveform_path.shape == (500, 128)
@@ -129,7 +131,7 @@ def test_the_waveform_path_gives_the_cache_s_frames(tmp_path, rate, memory):
     if memory:
         soundfile.write(crops.paths[5], waveform(4, rate), rate)
         with pytest.raises(RuntimeError, match="readable when it was cached, and is not now: its length is another one"):
-            crops.waveform_crop(5, 0, 500, None)
+            crops.waveform_crop(5, 0, 500, rng)
 
 
 def test_items_do_not_depend_on_the_workers_or_the_memory(data, cached):
@@ -169,14 +171,12 @@ def test_a_longer_stretch_becomes_a_faster_window(data, cached):
 
 
 def test_rare_species_are_drawn_more_often_than_their_share():
-    import pandas as pd
-
     table = pd.DataFrame({"primary_label": ["a"] * 80 + ["b"] * 20, "rating": 0.0})
     share = sampling_share(table, power=0.5, use_rating=True)
     assert share[0] / share[-1] == pytest.approx((20 / 80) ** 0.5)
 
 
-def test_held_out_windows_cover_the_first_minute(data, cached):
+def test_held_out_windows_cover_the_first_minute(cached):
     opened = Cache(cached)
     windows = HeldOutWindows(opened.names, opened)
     for place, name in enumerate(opened.names):

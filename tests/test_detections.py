@@ -21,7 +21,7 @@ RAVEN = ["Selection", "View", "Channel", "Begin File", "Begin Time (s)", "End Ti
 
 
 @pytest.fixture(scope="module")
-def field(tmp_path_factory, soundscapes):
+def field(tmp_path_factory):
     """A season's folder: two days, a file of the same name in each, other formats and rates, and a damaged one; a taxonomy beside it."""
     root = tmp_path_factory.mktemp("field")
     make_soundscape(root / "season/day 1/rec.ogg", 22.0)
@@ -40,7 +40,7 @@ def detect(run, field, out, *flags) -> int:
                        "--threads", "1", "--expected-seconds", "10", "--threshold", "0.2", *flags])
 
 
-def test_tables_are_what_raven_audacity_and_spreadsheets_read(tmp_path, run, field, capsys):
+def test_tables_are_what_raven_audacity_and_spreadsheets_read(tmp_path, run, field):
     flags = ["--format", "submission,raven", "audacity csv", "--pictures", str(tmp_path / "pictures")]
     assert detect(run, field, tmp_path, *flags) == 0
     before = files(tmp_path)

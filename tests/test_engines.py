@@ -63,7 +63,7 @@ def test_openvino_in_f32_writes_onnxruntime_s_submission(tmp_path, run, soundsca
 def test_what_is_not_installed_is_named_with_its_remedy(tmp_path, run, soundscapes, capsys, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "openvino" else find(name, *rest))
-    for flags in (("--engine", "openvino"), ("--engine", "auto", "--precision", "bf16")):
+    for flags in (("--engine", "openvino"), ("--precision", "bf16")):
         assert submission(run, soundscapes, tmp_path / "s.csv", *flags) is None
         assert "pip install -r requirements-openvino.txt" in capsys.readouterr().err
     with pytest.raises(UserError, match="needs --engine openvino"):

@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -11,7 +12,7 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src import audio, cache, export, infer, submission, timeline, train
+from src import audio, cache, export, infer, onnx_models, submission, timeline, train
 from src.config import AudioConfig
 from src.metadata import read_csv
 from tests.conftest import make_soundscape, waveform
@@ -142,6 +143,14 @@ def test_a_changed_model_is_refused_and_a_missing_one_exported(tmp_path, run, so
     assert path.exists()
 
 
+def test_a_run_s_folds_stand_in_their_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_models, "load_model", lambda path, *_: SimpleNamespace(path=path, classes=("a",)))
+    for fold in range(12):
+        (tmp_path / f"fold{fold}").mkdir()
+        (tmp_path / f"fold{fold}/model.onnx").touch()
+    assert [model.path.parent.name for model in onnx_models.find_models([tmp_path], threads=1)] == [f"fold{fold}" for fold in range(12)]
+
+
 def test_inference_imports_no_training_library():
     code = ("import sys, src.infer, src.submission, src.timeline\n"
             "bad = {'torch', 'timm', 'torchvision', 'sklearn', 'albumentations', 'audiomentations', 'tyro'} & set(sys.modules)\nassert not bad, bad")
@@ -158,11 +167,13 @@ def test_the_validator_finds_what_kaggle_would_not_take(tmp_path, text, message)
 
 
 def test_written_probabilities_stay_under_one(tmp_path):
-    submission.write(tmp_path / "s.csv", ["x_5", "x_10"], np.array([[1.0, 0.5], [1e-12, 0.0]], np.float32), ["a", "b"])
-    assert submission.check(tmp_path / "s.csv", classes=["a", "b"], ids=["x_5", "x_10"]) == []
+    file = submission.SubmissionFile(tmp_path / "s.csv", [("x", 2)], ["a", "b"], np.zeros(2))
     with pytest.raises(submission.UserError, match="not finite"):
-        submission.write(tmp_path / "t.csv", ["x_5"], np.array([[np.nan]]), ["a"])
-    assert not (tmp_path / "t.csv").exists()
+        file.fill(0, np.array([[np.nan, 0.5], [0.1, 0.0]]))
+    assert not (tmp_path / "s.csv").exists()
+    file.fill(0, np.array([[1.0, 0.5], [1e-12, 0.0]], np.float32))
+    assert file.write_and_check() == []
+    assert submission.check(tmp_path / "s.csv", classes=["a", "b"], ids=["x_5", "x_10"]) == []
 
 
 def test_timelines_are_drawn(tmp_path, run, soundscapes):

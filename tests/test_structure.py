@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from src.console import UserError
-from src.storage import atomic
+from src.storage import atomic, atomic_folder
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
@@ -97,3 +97,18 @@ def test_what_cannot_be_written_leaves_nothing_under_the_final_name(tmp_path):
         partial.write_text("half")
         raise KeyboardInterrupt
     assert [p.name for p in tmp_path.iterdir()] == ["x.csv"] and (tmp_path / "x.csv").read_text() == "old"
+
+
+def test_a_folder_is_replaced_whole_and_a_link_s_target_is_left_alone(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/old").touch()
+    with pytest.raises(UserError, match="cannot write .*x"), atomic_folder(tmp_path / "x") as partial:
+        (partial / "half").touch()
+        raise OSError(28, "No space left on device")
+    assert [p.name for p in tmp_path.rglob("*")] == ["x", "old"]
+    (tmp_path / "link").symlink_to(tmp_path / "x", target_is_directory=True)
+    for name in ("link", "x"):
+        with atomic_folder(tmp_path / name) as partial:
+            (partial / "new").touch()
+        assert [p.name for p in (tmp_path / name).iterdir()] == ["new"] and (tmp_path / "x/old").exists() == (name == "link")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "x"] and not (tmp_path / "link").is_symlink()

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.kill_training import SAME
 from src import evaluate, train
 from src.checkpoint import load_tensors, save_tensors
 from src.console import UserError
@@ -16,8 +17,6 @@ from src.folds import read_folds
 from src.optimiser import learning_rate_at
 from src.settings import flatten, parse
 from src.train_settings import TrainSettings
-
-SAME = ("weights.safetensors", "oof.csv", "history.csv", "golden_windows.safetensors")
 
 
 def test_a_fold_leaves_all_its_files(run, fold_table):

@@ -74,7 +74,7 @@ def test_losses_equal_timm_and_torch():
 
 
 def test_attention_head_weighs_time_steps():
-    model = create_model("asca_test", 3, _audio(), ModelSettings(input_side=64, asca=AscaSettings(head="attention")))
+    model = create_model("asca_test", 3, AudioConfig(), ModelSettings(input_side=64, asca=AscaSettings(head="attention")))
     head = model.network.head
     x = torch.randn(2, 128, 4, 5)
     with torch.no_grad():
@@ -127,12 +127,6 @@ def test_soft_labels_enter_out_of_fold_only(tmp_path, data, run, train_flags, fo
     leaky.to_csv(soft, index=False)
     with pytest.raises(UserError, match="held them out"):
         read_soft_labels(soft, metadata, folds)
-
-
-def _audio():
-    from src.config import AudioConfig
-
-    return AudioConfig()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

@@ -34,14 +34,6 @@ class ModelSettings:
     asca: AscaSettings = field(default_factory=AscaSettings)
 
 
-def _asca(variant: str, n_classes: int, side: int, settings: ModelSettings) -> nn.Module:
-    return ASCA(variant, n_classes, side=side, drop_path=settings.drop_path, settings=settings.asca)
-
-
-def _rival(construct: Callable[..., nn.Module], n_classes: int, side: int, settings: ModelSettings) -> nn.Module:
-    return construct(n_classes, side=side, drop_path=settings.drop_path)
-
-
 RIVALS: dict[str, Callable[..., nn.Module]] = {
     "efficientnet_b0": partial(timm_backbone, "efficientnet_b0"),
     "panns_cnn14": partial(PANN, "cnn14"),
@@ -57,9 +49,9 @@ RIVALS: dict[str, Callable[..., nn.Module]] = {
 }
 
 # name -> (usual input side, constructor of the network behind LogMelInput)
-MODELS: dict[str, tuple[int, Callable[[int, int, ModelSettings], nn.Module]]] = {
-    f"asca_{variant}": (side, partial(_asca, variant)) for variant, (_, _, _, side) in VARIANTS.items()
-} | {name: (224, partial(_rival, construct)) for name, construct in RIVALS.items()}
+MODELS: dict[str, tuple[int, Callable[..., nn.Module]]] = {
+    f"asca_{variant}": (side, partial(ASCA, variant)) for variant, (_, _, _, side) in VARIANTS.items()
+} | {name: (224, construct) for name, construct in RIVALS.items()}
 
 
 class Model(nn.Module):
@@ -76,7 +68,7 @@ class Model(nn.Module):
 def create_model(name: str, n_classes: int, audio: AudioConfig, settings: ModelSettings = ModelSettings()) -> Model:
     """A model with fresh weights. Raises UserError for an unknown name or an input side that the network refuses."""
     if name.startswith("timm:"):
-        usual_side, construct = 224, partial(_rival, partial(timm_backbone, name.removeprefix("timm:")))
+        usual_side, construct = 224, partial(timm_backbone, name.removeprefix("timm:"))
     elif name in MODELS:
         usual_side, construct = MODELS[name]
     else:
@@ -84,8 +76,9 @@ def create_model(name: str, n_classes: int, audio: AudioConfig, settings: ModelS
     side = settings.input_side or usual_side
     if side < 1:
         raise UserError(f"--input-side {side}: a side has at least one pixel")
+    own = {"settings": settings.asca} if name.startswith("asca_") else {}
     try:
-        network = construct(n_classes, side, settings)
+        network = construct(n_classes, side=side, drop_path=settings.drop_path, **own)
     except ValueError as error:
         raise UserError(f"model {name}: {error}") from error
     return Model(LogMelInput(audio, side, settings.input_norm), network)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from .torchvision_guard import import_timm
 
 PATCH, STRIDE = 16, 10
-VARIANTS = ("base", "tiny")
 
 
 class AST(nn.Module):

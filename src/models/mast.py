@@ -12,8 +12,6 @@ from torch import nn
 
 from .torchvision_guard import import_timm
 
-VARIANTS = ("base", "tiny")
-
 
 def mvit(variant: str, n_classes: int, *, side: int, drop_path: float) -> nn.Module:
     """(B, 1, side, side) -> (B, n_classes). Raises ValueError for a side that its stages do not divide."""

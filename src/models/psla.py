@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from .torchvision_guard import import_timm
 
-VARIANTS = ("b2", "b0")
 HEADS = 4
 
 

@@ -11,8 +11,8 @@ import pandas as pd
 from ..competitions import Competition
 from ..console import UserError
 from ..metadata import parse_list
-from ..storage import atomic
-from .layout import DataSet, link, read_table, write_table
+from ..storage import atomic, write_table
+from .layout import DataSet, link, read_table
 
 AUDIO = ("train_audio", "test_soundscapes", "train_soundscapes", "unlabeled_soundscapes")  # the last two: some years
 
@@ -22,7 +22,7 @@ def birdclef(source: Path, out: Path, *, year: Competition) -> DataSet:
     recordings = read_table(source / year.metadata, ("primary_label", "filename"), f"is {source} the right competition's folder?")
     secondary = recordings.get("secondary_labels", pd.Series("", recordings.index)).map(_without_empty)
     if year.soundscape_labels and (source / year.soundscape_labels).exists():
-        write_table(soundscape_labels(source / year.soundscape_labels), out / "soundscape_labels.csv")
+        write_table(out / "soundscape_labels.csv", soundscape_labels(source / year.soundscape_labels))
     for name in ("sample_submission.csv", year.taxonomy):
         if (source / name).exists():
             with atomic(out / name) as unfinished:

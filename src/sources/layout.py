@@ -14,7 +14,7 @@ import yaml
 
 from ..console import UserError, say
 from ..metadata import read_csv
-from ..storage import atomic, write_text
+from ..storage import atomic_folder, write_table, write_text
 
 COLUMNS = ("primary_label", "secondary_labels", "type", "latitude", "longitude", "scientific_name", "common_name", "author", "license", "rating",
            "url", "filename")  # BirdCLEF 2023's
@@ -42,24 +42,19 @@ def write(data: DataSet, out: Path) -> list[str]:
     names = data.recordings.filename
     missing = [name for name in names if not (out / "train_audio" / name).exists()]
     if missing:
-        write_table(pd.DataFrame({"filename": missing}), out / "missing_audio.csv")
+        write_table(out / "missing_audio.csv", pd.DataFrame({"filename": missing}))
     else:
         (out / "missing_audio.csv").unlink(missing_ok=True)
     for file, folds in data.folds.items():
-        write_table(pd.DataFrame({"filename": names, "fold": list(folds)}), out / file)
+        write_table(out / file, pd.DataFrame({"filename": names, "fold": list(folds)}))
     if data.classes:
-        write_table(pd.DataFrame(columns=["row_id", *data.classes]), out / "sample_submission.csv")
-        write_table(pd.DataFrame({"primary_label": list(data.classes), "common_name": list(data.classes.values())}), out / "taxonomy.csv")
+        write_table(out / "sample_submission.csv", pd.DataFrame(columns=["row_id", *data.classes]))
+        write_table(out / "taxonomy.csv", pd.DataFrame({"primary_label": list(data.classes), "common_name": list(data.classes.values())}))
     for file, settings in (("cache.yaml", data.cache), ("train.yaml", data.train)):
         if settings:
             write_text(out / file, yaml.safe_dump(settings, sort_keys=False))
-    write_table(data.recordings.reindex(columns=list(COLUMNS), fill_value=""), out / "train_metadata.csv")  # last: where it lies, the data set is whole
+    write_table(out / "train_metadata.csv", data.recordings.reindex(columns=list(COLUMNS), fill_value=""))  # last: where it lies, the data set is whole
     return missing
-
-
-def write_table(table: pd.DataFrame, path: Path) -> None:
-    with atomic(path) as unfinished:
-        table.to_csv(unfinished, index=False, lineterminator="\n")
 
 
 def read_table(file: Path, columns: Sequence[str], origin: str) -> pd.DataFrame:
@@ -82,8 +77,6 @@ def link(source: Path, target: Path) -> None:
     try:
         os.symlink(source.resolve(), target, target_is_directory=True)
     except OSError:
-        unfinished = target.with_name(target.name + ".partial")
-        shutil.rmtree(unfinished, ignore_errors=True)
         say(f"{target}: no links here, copying")
-        shutil.copytree(source, unfinished)
-        os.replace(unfinished, target)
+        with atomic_folder(target) as unfinished:
+            shutil.copytree(source, unfinished, dirs_exist_ok=True)

@@ -4,8 +4,6 @@ https://timeseriesclassification.com: univariate series -> one-second sounds. Th
 from __future__ import annotations
 
 import io
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pandas as pd
 import soundfile
 
 from ..console import UserError
+from ..storage import atomic_folder
 from .layout import DataSet
 
 RATE = 4000  # Hz of the sounds; a series fills one second
@@ -75,21 +74,11 @@ def to_waveform(series: np.ndarray, n: int) -> np.ndarray | None:
 
 def write_sounds(series: dict[str, np.ndarray], folder: Path) -> None:
     """Writes each as a 16-bit flac file; `folder` is replaced once all are written."""
-    unfinished = folder.with_name(folder.name + ".partial")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+    with atomic_folder(folder) as unfinished:
         for name, values in series.items():
             if (sound := to_waveform(values, RATE)) is not None:
                 soundfile.write(flac := io.BytesIO(), sound, RATE, format="FLAC", subtype="PCM_16")
                 (unfinished / name).write_bytes(flac.getvalue())
-        if folder.is_symlink():
-            folder.unlink()
-        elif folder.exists():
-            shutil.rmtree(folder)
-        os.replace(unfinished, folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
 
 
 def read_tsv(file: Path) -> tuple[list[str], list[Row]]:

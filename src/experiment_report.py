@@ -194,20 +194,28 @@ def setting(parts: Sequence[DataTable], budget: Budget, speeds: pd.DataFrame) ->
 
 def draw(path: Path, table: Table, parts: Sequence[DataTable], heading: str) -> None:
     if table.x:
-        panels = []
-        for part in parts:
-            for metric in SHOWN:
-                curves: dict[str, list] = {}
-                for row in part.rows:
-                    if len(part.found[row.name]):
-                        curves.setdefault(row.line, []).append((row.x, *part.estimate(row, metric)))
-                panels.append((f"{part.data}: {NAMES[metric]}", curves))
-        plots.lines(path, panels, table.x, heading)
+        plots.lines(path, [(f"{part.data}: {NAMES[metric]}", curves(part, metric)) for part in parts for metric in SHOWN], table.x, heading)
         return
-    unknown = (np.nan,) * 3
     rows = [row for row in table.rows if any(len(part.found.get(row.name, ())) for part in parts)]
-    panels = [(f"{part.data}: {NAMES[metric]}", [(row.name, *(part.estimate(row, metric) if row in part.rows else unknown)) for row in rows])
-              for part in parts for metric in SHOWN]
-    panels += [(f"the paper: {data}, mAP %", [(row.name, table.paper.get(row.name, {}).get(data, np.nan), *unknown[:2]) for row in rows])
+    panels = [(f"{part.data}: {NAMES[metric]}", [(row.name, *of_picture(part, row, metric)) for row in rows]) for part in parts for metric in SHOWN]
+    panels += [(f"the paper: {data}, mAP %", [(row.name, (table.paper.get(row.name, {}).get(data, np.nan), np.nan, np.nan), ()) for row in rows])
                for data in paper_data(table.paper)]
-    plots.intervals(path, panels, heading, reference=rows[-1].against)
+    plots.intervals(path, panels, heading, reference=rows[-1].against,
+                    foot="small: each training; bars: 95 % intervals of the mean, from three trainings on and where none is missing")
+
+
+def curves(part: DataTable, metric: str) -> dict[str, list[tuple[float, float, float, float]]]:
+    """line -> (x, mean, low, high) of its rows."""
+    found: dict[str, list] = {}
+    for row in part.rows:
+        if len(part.found[row.name]):
+            found.setdefault(row.line, []).append((row.x, *of_picture(part, row, metric)[0]))
+    return found
+
+
+def of_picture(part: DataTable, row: Row, metric: str) -> tuple[tuple[float, float, float], Sequence[float]]:
+    """((mean, low, high), each training's value). Two trainings' interval would hide all others."""
+    if row not in part.rows:
+        return (np.nan,) * 3, ()
+    mean, *bounds = part.estimate(row, metric)
+    return (mean, *(bounds if part.n_cells > 2 else (np.nan, np.nan))), part.found[row.name][metric].tolist()

@@ -180,10 +180,11 @@ def per_class_chart(path: Path, table: pd.DataFrame, heading: str) -> None:
     save(figure, path)
 
 
-def intervals(path: Path, panels: Sequence[tuple[str, Sequence[tuple[str, float, float, float]]]], heading: str, reference: str) -> None:
-    """Panels, four in a row, with the same lines from top to bottom: (name, value, low, high), NaN where there is none; a dashed line
-    through the one that the others are compared with. A panel without a value is left out."""
-    panels = [(title, points) for title, points in panels if np.isfinite([point[1] for point in points]).any()]
+def intervals(path: Path, panels: Sequence[tuple[str, Sequence[tuple[str, tuple[float, float, float], Sequence[float]]]]], heading: str, reference: str,
+              foot: str) -> None:
+    """Panels, four in a row, with the same lines from top to bottom: (name, (mean, low, high), single values), NaN where there is none;
+    a dashed line through the one that the others are compared with. A panel without a value is left out."""
+    panels = [(title, points) for title, points in panels if np.isfinite([mean for _, (mean, *_), _ in points]).any()]
     names, columns = [name for name, *_ in panels[0][1]], min(4, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(3 + 2.8 * columns, 1.4 + rows * (0.6 + 0.3 * len(names))), layout="constrained")
@@ -192,7 +193,9 @@ def intervals(path: Path, panels: Sequence[tuple[str, Sequence[tuple[str, float,
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for axes, (title, points) in zip(grid.flat, panels):
-        value, low, high = np.array([point for _, *point in points], float).T
+        value, low, high = np.array([estimate for _, estimate, _ in points], float).T
+        for place, (*_, values) in enumerate(points):
+            axes.plot(values, np.full(len(values), place), ".", color="C0", alpha=0.4, markersize=5)
         axes.errorbar(value, range(len(names)), xerr=np.nan_to_num([value - low, high - value]).clip(0), fmt="o", markersize=5, capsize=3)
         if reference in names and np.isfinite(value[names.index(reference)]):
             axes.axvline(value[names.index(reference)], color="0.5", linestyle="--", linewidth=1)
@@ -200,7 +203,7 @@ def intervals(path: Path, panels: Sequence[tuple[str, Sequence[tuple[str, float,
         axes.grid(axis="x", alpha=0.3)
     grid[0, 0].set_yticks(range(len(names)), [plain(name) for name in names])
     grid[0, 0].invert_yaxis()
-    figure.supxlabel(f"dashed: {plain(reference)}; bars: 95 % intervals, none where trainings are missing", fontsize=9)
+    figure.supxlabel(f"dashed: {plain(reference)}; {foot}", fontsize=9)
     save(figure, path)
 
 

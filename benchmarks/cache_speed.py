@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
             f"| librosa.load + melspectrogram, not written | {librosa_speed:,.0f} | ours is {build_speed / librosa_speed:.1f} times as fast |",
             f"| 5-second crop read warm, median (95th percentile), ms | {median:.4f} ({np.percentile(times, 95):.4f}) | at most {BARS['warm crop read, ms']} |"]
     text = "\n".join(["# Cache speed", "", about("python -m benchmarks.cache_speed" + (f" --data {settings.data[0].name}" if settings.data else "")),
-                      "", f"{seconds / 3600:.2f} h in {len(table)} files; CPU time of one process.", "", "| | measured | bar |", "|---|---|---|", *rows, ""])
+                      "", f"{seconds / 3600:.2f} h in {len(table)} files; CPU time of one process.", "", "| | measured | target |", "|---|---|---|", *rows, ""])
     write_text(Path("benchmarks/results/cache_speed.md"), text)
     say(text)
     return int(build_speed < BARS["build, x real time a core"] or median > BARS["warm crop read, ms"])

@@ -190,20 +190,27 @@ def gemm_gmacs(threads: int) -> float:
     return n**3 / 1e9 / cpu_seconds(lambda: session.run(None, matrices))
 
 
+def spelt(spec: str) -> str:
+    """asca_nano:relux5 -> asca_nano, relu, 5 folds"""
+    name, folds = re.fullmatch(r"(.+?)(?:x(\d+))?", spec).groups()
+    return ", ".join(name.split(":") + ([f"{folds} folds"] if folds else []))
+
+
 def draw(path: Path, rows: list[dict]) -> None:
-    """CPU minutes over cores: what the shares are shares of, and what a machine with nothing else to do comes close to."""
-    figure = Figure(figsize=(9, 1.4 + 0.32 * len(rows)), layout="constrained")
+    """Bars: CPU minutes over threads, what a machine with nothing else to do comes close to; strokes: the minutes that passed."""
+    figure = Figure(figsize=(9, 1.8 + 0.32 * len(rows)), layout="constrained")
     axes = figure.subplots()
     left = np.zeros(len(rows))
     for part, colour in PARTS.items():
         width = np.array([row["parts"][part] for row in rows])
         axes.barh(range(len(rows)), width, left=left, color=colour, label=part)
         left += width
-    axes.plot([row["minutes"] for row in rows], range(len(rows)), "k|", markersize=12, label="minutes that passed")
-    axes.set_yticks(range(len(rows)), [f"{row['model']}, {row['engine']}" for row in rows], fontsize=8)
+    axes.plot([row["minutes"] for row in rows], range(len(rows)), "k|", markersize=12, label="minutes passed")
+    axes.set_yticks(range(len(rows)), [f"{spelt(row['model'])}: {row['engine']}" for row in rows], fontsize=8)
+    axes.margins(y=0.02)
     axes.invert_yaxis()
-    axes.set_xlabel("CPU minutes / threads, 24,000 windows of 5 s")
-    axes.legend(fontsize=8)
+    axes.set_xlabel("minutes for 24,000 windows of 5 s (bars: CPU minutes / threads)")
+    figure.legend(loc="outside upper center", ncols=len(PARTS) + 1, fontsize=8)
     plots.save(figure, path)
 
 

@@ -92,7 +92,7 @@ def draw(path: Path, results: Results, heading: str) -> None:
         of = [scores[name] for scores in results.by_snr.values()]
         axes.errorbar(list(results.by_snr), [e.value for e in of], yerr=errors(of), marker="o", capsize=4)
         axes.axhline(by_chance, color="0.6", linestyle="--", label=f"chance {by_chance:.3f}")
-        axes.set(xlabel="signal-to-noise ratio of every song (dB)", title=NAMES[name], xticks=list(results.by_snr))
+        axes.set(xlabel="signal-to-noise ratio of every song (dB)", ylabel=NAMES[name], title=f"{NAMES[name]}, {BASE}", xticks=list(results.by_snr))
         axes.legend(loc="lower right")
     left.set_ylim(bottom=0)
     options = [option for option in results.by_option if option != BASE]
@@ -101,7 +101,7 @@ def draw(path: Path, results: Results, heading: str) -> None:
     right.axvline(0, color="0.6", linestyle="--")
     right.set_yticks(range(len(gains)), [str(option) for option in options])
     right.invert_yaxis()
-    right.set(title=f"gain in macro AP over {BASE}", xlabel="paired, all ratios pooled")
+    right.set(title=f"against {BASE}: all ratios pooled, paired", xlabel="difference in macro AP", ylabel="rows from")
     plots.save(figure, path)
 
 

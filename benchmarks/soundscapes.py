@@ -25,7 +25,7 @@ from benchmarks import background_noise, composition, pooling
 from benchmarks.background_noise import held_back_clips, made_clip
 from benchmarks.composition import Clip, Composition, compose, deal
 from benchmarks.machine import about
-from benchmarks.pooling import BASE, window_starts
+from benchmarks.pooling import window_starts
 from benchmarks.soundscape_report import NAMES, SHOWN, Scored, draw, markdown, measure
 from src import audio, evaluate, plots, submission
 from src.console import UserError, progress, say, stage
@@ -178,7 +178,7 @@ def report(settings: SoundscapeSettings, by_fold: dict[int, list[Scored]], windo
              "Folds are pooled. Intervals: 95 % bootstraps over soundscapes, not rows: the rows and ratios of one share background and recordings, "
              "and no recording is in two soundscapes." + (FEW if len(scored) < 20 else ""), *markdown(results, by_fold)]
     write_text(settings.results / "soundscapes.md", "\n".join(lines))
-    draw(settings.results / "soundscapes.png", results, f"{plots.plain(settings.run.name)}: composed soundscapes, out of fold, {BASE}")
+    draw(settings.results / "soundscapes.png", results, f"{plots.plain(settings.run.name)}: composed soundscapes, out of fold")
     for snr, scores in results.by_snr.items():
         say(f"  {snr:5g} dB   " + "   ".join(f"{NAMES[name]} {scores[name]}" for name in SHOWN))
     say(f"wrote {settings.results}/soundscapes.md, soundscapes.png and {settings.run}/soundscapes/example.png, example.ogg")

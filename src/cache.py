@@ -30,8 +30,8 @@ FORMAT = 1
 class CacheSettings:
     data: tuple[Path, ...] = (Path("input/birdclef-2023"),)
     """Folders in BirdCLEF's layout."""
-    out: Path = Path("input/cache/birdclef-2023")
-    """The cache's folder."""
+    out: Path | None = None
+    """The cache's folder. By default input/cache/<name of the first data folder>."""
     metadata: Path | None = None
     """Another table in train_metadata.csv's columns for the first folder."""
     workers: int = 0
@@ -41,6 +41,11 @@ class CacheSettings:
     verify: bool = False
     """Only read everything back and compare it with its checksums."""
     audio: AudioConfig = field(default_factory=AudioConfig)
+
+
+def cache_folder(data: Path) -> Path:
+    """Where a data set's cache lies: named after its folder."""
+    return Path("input/cache") / data.absolute().name
 
 
 class Cache:
@@ -244,20 +249,21 @@ def clipped_share(entries: list[dict], config: AudioConfig) -> str:
 @stage
 def main(argv: list[str] | None = None) -> int:
     settings = parse(CacheSettings, argv, prog="python -m src.cache", description=__doc__, of_data="cache.yaml")
+    out = settings.out or cache_folder(settings.data[0])
     if settings.verify:
-        cache = Cache(settings.out)
+        cache = Cache(out)
         broken = cache.verify()
         for name in broken:
-            say(f"damaged in {settings.out}: {name}")
-        say(f"{settings.out}: {len(cache.names) - len(broken)} of {len(cache.names)} recordings are intact")
+            say(f"damaged in {out}: {name}")
+        say(f"{out}: {len(cache.names) - len(broken)} of {len(cache.names)} recordings are intact")
         return int(bool(broken))
     table = read_metadata(settings.data, settings.metadata).table
     workers = settings.workers or os.cpu_count() or 1
     say(f"{len(table)} recordings with {workers} process(es); recipe: {settings.audio}")
-    cache = build(table, settings.out, settings.audio, workers=workers, restart=settings.restart)
+    cache = build(table, out, settings.audio, workers=workers, restart=settings.restart)
     frames = sum(map(cache.n_frames, cache.names))
-    say(f"wrote {settings.out}: {len(cache.names)} recordings, {frames / settings.audio.frames_per_second / 3600:.2f} h, "
-        f"{frames * settings.audio.n_mels / 1e6:.0f} MB; {len(cache.damaged)} damaged, listed in {settings.out / DAMAGED}")
+    say(f"wrote {out}: {len(cache.names)} recordings, {frames / settings.audio.frames_per_second / 3600:.2f} h, "
+        f"{frames * settings.audio.n_mels / 1e6:.0f} MB; {len(cache.damaged)} damaged, listed in {out / DAMAGED}")
     for name, cause in list(cache.damaged.items())[:5]:
         say(f"  left out: {name}: {cause}")
     return 0

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
+import tyro
 
 from . import competitions, metrics
 from .cache import Cache
@@ -23,9 +25,10 @@ from .storage import safe_cell, write_table
 @dataclass(frozen=True)
 class EvaluateSettings:
     run: Path = Path("runs/asca")
-    data: tuple[Path, ...] = ()
-    """Where the metadata lie; by default where they lay when the run was trained."""
+    data: Annotated[tuple[Path, ...], tyro.conf.arg(help_behavior_hint="(default: the run's)")] = ()
+    """Where the metadata lie, if no longer where they lay when the run was trained."""
     metadata: Path | None = None
+    """Another table in train_metadata.csv's columns, if not the run's."""
     cache: Path | None = None
     """Where the report's spectrograms come from; by default where it lay when the run was trained."""
     resamples: int = 200

@@ -1,4 +1,4 @@
-"""STAGE 1: train_metadata.csv -> folds/<name>.csv (filename, fold; -1 = always in training) and its audit."""
+"""STAGE 1: train_metadata.csv -> folds/<name>.csv (filename, fold; -1 = always in training, -2 = left out) and its audit."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ STRATEGIES = ("multilabel", "author")
 class FoldSettings:
     data: tuple[Path, ...] = (Path("input/birdclef-2023"),)
     """Folders in BirdCLEF's layout; only the first is split, further ones are always in training."""
-    out: Path = Path("folds/birdclef-2023.csv")
-    """The fold table; <out>.audit.md and <out>.audit.png are written beside it."""
+    out: Path | None = None
+    """The fold table; its .audit.md and .audit.png are written beside it. By default folds/<name of the first data folder>.csv."""
     metadata: Path | None = None
     """Another table in train_metadata.csv's columns; duration_s is used where it has it."""
     strategy: Literal["multilabel", "author"] = "multilabel"
@@ -33,6 +33,11 @@ class FoldSettings:
     seed: int = 0
     overwrite: bool = False
     """Replace an existing table of another split (trained runs rely on it)."""
+
+
+def fold_table(data: Path) -> Path:
+    """Where a data set's folds lie: named after its folder."""
+    return Path("folds") / f"{data.absolute().name}.csv"
 
 
 def assign_folds(table: pd.DataFrame, *, strategy: str, n_folds: int, seed: int) -> np.ndarray:
@@ -131,6 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     from .folds_audit import write_audit
 
     settings = parse(FoldSettings, argv, prog="python -m src.folds", description=__doc__)
+    out = settings.out or fold_table(settings.data[0])
     metadata = read_metadata(settings.data[:1], settings.metadata)
     say(f"{len(metadata.table)} recordings, {len(metadata.classes)} classes, {settings.n_folds} folds by {settings.strategy}")
     metadata = with_durations(metadata)
@@ -141,12 +147,12 @@ def main(argv: list[str] | None = None) -> None:
     }
     text = pd.DataFrame({"filename": table.filename, "fold": by_strategy[settings.strategy]}).to_csv(
         index=False, lineterminator="\n")
-    if settings.out.exists() and settings.out.read_text(encoding="utf-8") != text and not settings.overwrite:
-        raise UserError(f"{settings.out} holds another split, which trained runs may rely on; "
+    if out.exists() and out.read_text(encoding="utf-8") != text and not settings.overwrite:
+        raise UserError(f"{out} holds another split, which trained runs may rely on; "
                         "name another --out, or replace it with --overwrite")
-    write_text(settings.out, text)
-    audit = write_audit(table, by_strategy, chosen=settings.strategy, n_folds=settings.n_folds, out=settings.out)
-    say(f"wrote {settings.out}, {', '.join(map(str, audit))}")
+    write_text(out, text)
+    audit = write_audit(table, by_strategy, chosen=settings.strategy, n_folds=settings.n_folds, out=out)
+    say(f"wrote {out}, {', '.join(map(str, audit))}")
 
 
 if __name__ == "__main__":

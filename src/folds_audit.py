@@ -1,4 +1,4 @@
-"""What a split is worth: class balance, rare species, copies and shared recordists, as Markdown and PNG."""
+"""How good a split is: class balance, rare species, copies and shared recordists, as Markdown and PNG."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _facts(table: pd.DataFrame, folds: np.ndarray, n_folds: int) -> dict[str, st
     ideal = total.to_numpy()[:, None] / n_folds
     deviation = np.abs(counts.to_numpy() - ideal)[frequent.to_numpy()]
     return {
-        "recordings held out once": f"{held_out.sum()} of {len(table)}",
+        "recordings held out, each in one fold": f"{held_out.sum()} of {len(table)}",
         "always in training (fold -1)": f"{(~held_out).sum()} recordings of {table.primary_label[~held_out].nunique()} species",
         "held out per fold": ", ".join(str((folds == fold).sum()) for fold in range(n_folds)),
         f"species of {n_folds}+ recordings that some fold does not hold out": f"{(counts[frequent] == 0).any(axis=1).sum()} of {frequent.sum()}",
@@ -99,5 +99,6 @@ def _draw(table: pd.DataFrame, by_strategy: dict[str, np.ndarray], n_folds: int,
         sizes = pd.Series(folds).value_counts().reindex([-1, *range(n_folds)], fill_value=0)
         bars = bottom.bar([str(fold) for fold in sizes.index], sizes, color=["0.7"] + ["C0"] * n_folds)
         bottom.bar_label(bars)
+        bottom.margins(y=0.08)  # room for the figures
         bottom.set(title=f"{name}: recordings held out", xlabel="fold (-1: always in training)", ylabel="recordings")
     plots.save(figure, picture, dpi=110)

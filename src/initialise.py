@@ -70,7 +70,7 @@ def initialise(model: nn.Module, settings: TrainSettings, *, fold: int, classes:
 def weights_of(init: Path, fold: int) -> tuple[Path, Path | None]:
     """The weights file, and its fold folder where it is a run's: that of the same number, else the run's only one."""
     if not init.exists():
-        raise UserError(f"--init {init} does not exist; README.md says how to obtain a checkpoint")
+        raise UserError(f"--init {init} does not exist; docs/training.md says how to obtain a checkpoint")
     if init.is_file():
         ours = init.name == "weights.safetensors" and (init.parent / "config.yaml").exists()
         return init, init.parent if ours else None

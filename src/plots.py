@@ -248,11 +248,12 @@ def timeline(path: Path, log_mel: np.ndarray, probabilities: np.ndarray, classes
             for row in np.flatnonzero(truth[:, species] > 0.5):
                 bottom.add_patch(Rectangle((row * row_seconds, line - 0.5), row_seconds, 1, fill=False, edgecolor="C3", linewidth=1.5))
         bottom.set_title("red outline: the species is there", fontsize=9, loc="left")
-    bottom.set(xlabel="seconds", xlim=(0, seconds), yticks=range(len(shown)))
+    bottom.set(xlabel="seconds", ylabel="species", xlim=(0, seconds), yticks=range(len(shown)))
     if seconds > 900:
         step = next((step for step in (300, 600, 1800, 3600, 7200) if seconds / step <= 14), 21_600)
         ticks = np.arange(0, seconds + 1, step)
         bottom.set(xlabel="hours:minutes", xticks=ticks, xticklabels=[f"{t // 3600:.0f}:{t % 3600 // 60:02.0f}" for t in ticks])
     bottom.set_yticklabels([classes[species] for species in shown], fontsize=8)
-    figure.colorbar(image, ax=[top, bottom], label="probability", shrink=0.6)
+    # Beside the lower panel alone: both keep one width, so that their seconds stand above each other.
+    figure.colorbar(image, cax=bottom.inset_axes((1.01, 0, 0.012, 1)), label="probability")
     save(figure, path)

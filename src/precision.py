@@ -6,11 +6,12 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
 import torch
+import tyro
 
 from . import engines, metrics
 from .cache import Cache
@@ -31,9 +32,10 @@ class PrecisionSettings:
     run: Path = Path("runs/asca")
     precision: Literal["f32", "bf16", "int8"] = "bf16"
     """int8 is calibrated on recordings that the fold trained on, by NNCF."""
-    data: tuple[Path, ...] = ()
-    """Where the metadata lie; by default where they lay when the run was trained."""
+    data: Annotated[tuple[Path, ...], tyro.conf.arg(help_behavior_hint="(default: the run's)")] = ()
+    """Where the metadata lie, if no longer where they lay when the run was trained."""
     metadata: Path | None = None
+    """Another table in train_metadata.csv's columns, if not the run's."""
     cache: Path | None = None
     """By default where it lay when the run was trained."""
     calibration_windows: int = 128

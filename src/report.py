@@ -104,7 +104,8 @@ def scores(columns: dict[str, dict[str, Any]]) -> list[str]:
 def what_was_trained(oof: OutOfFold, settings: dict) -> list[str]:
     """Settings, folds, data, audio recipe and versions."""
     default = flatten(TrainSettings())
-    changed = [(key, value, default.get(key, "(no such setting)")) for key, value in settings.items() if key != "fold" and value != default.get(key)]
+    changed = [(key, value, default.get(key, "(no such setting)")) for key, value in settings.items()
+               if key not in {"fold", "folds", "cache"} and value != default.get(key)]
     folds = [(fold, *(config.get("recordings", {}).get(part) for part in ("training", "held_out")), config["versions"].get("commit"))
              for fold, config in oof.configs.items()]
     config, data = next(iter(oof.configs.values())), oof.metadata.table

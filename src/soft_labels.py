@@ -16,7 +16,7 @@ UNSEEN = "unseen"  # the source of a recording that no teacher was trained on; e
 def read_soft_labels(file: Path, metadata: Metadata, folds: dict[str, int]) -> pd.DataFrame:
     """(recordings by filename, classes) float32 probabilities.
 
-    For a recording of the fold table only a prediction made while its own fold was held out is let in: a teacher that was
+    For a recording of the fold table only a prediction made while its own fold was held out is accepted: a teacher that was
     trained on a recording knows its label by heart. Raises UserError for any other, and for values outside [0, 1].
     """
     table, classes = read_csv(file), list(metadata.classes)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 
 from . import devices
-from .cache import Cache
+from .cache import Cache, cache_folder
 from .config import differences
 from .console import UserError, say, stage
 from .fold_training import FoldTraining
-from .folds import read_folds
+from .folds import fold_table, read_folds
 from .metadata import Metadata, read_metadata
 from .run_config import comparable, read_config
 from .settings import parse
@@ -51,9 +52,16 @@ def train_fold(settings: TrainSettings, fold: int, metadata: Metadata, folds: di
         say(f"fold {fold}: wrote {folder}")
 
 
+def located(settings: TrainSettings) -> TrainSettings:
+    """The settings with the fold table and the cache that belong to the data, where none is named."""
+    established = settings.data[0] / "folds.csv"  # src.prepare's
+    folds = settings.folds or (established if established.exists() else fold_table(settings.data[0]))
+    return replace(settings, folds=folds, cache=settings.cache or cache_folder(settings.data[0]))
+
+
 @stage
 def main(argv: list[str] | None = None) -> None:
-    settings = parse(TrainSettings, argv, prog="python -m src.train", description=__doc__, of_data="train.yaml")
+    settings = located(parse(TrainSettings, argv, prog="python -m src.train", description=__doc__, of_data="train.yaml"))
     if min(settings.batch_size, settings.accumulate, settings.epochs, settings.validate_every) < 1:
         raise UserError("--batch-size, --accumulate, --epochs and --validate-every are at least 1")
     if not 0 < settings.train_share <= 1:

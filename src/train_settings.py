@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from .augment import AugmentSettings
 from .losses import Loss
 from .metadata import SecondaryLabels
 from .models import ModelSettings
 from .models.asca import AscaSettings
+
+ON = tyro.conf.arg(help_behavior_hint="(on by default; this flag turns it off)")
 
 
 @dataclass(frozen=True)
@@ -19,8 +23,10 @@ class TrainSettings:
 
     data: tuple[Path, ...] = (Path("input/birdclef-2023"),)
     """Folders in BirdCLEF's layout; further ones are always in training."""
-    folds: Path = Path("folds/birdclef-2023.csv")
-    cache: Path = Path("input/cache/birdclef-2023")
+    folds: Path | None = None
+    """The fold table. By default folds.csv in the first data folder, if src.prepare made one, else folds/<that folder's name>.csv."""
+    cache: Path | None = None
+    """By default input/cache/<name of the first data folder>."""
     run: Path = Path("runs/asca")
     fold: tuple[str, ...] = ("0",)
     """One, several, or all."""
@@ -64,8 +70,8 @@ class TrainSettings:
     """Of a soft label in a labelled recording's target; an unlabelled one's target is the soft label."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
-    cuda_graphs: bool = True
-    """On one GPU, record the network's passes once and replay them: small networks are otherwise bound by their launches."""
+    cuda_graphs: Annotated[bool, ON] = True
+    """On one GPU the network's passes are recorded once and replayed, since small networks are otherwise bound by their launches."""
     compile: bool = False
     """torch.compile: minutes at the start, for long trainings on a GPU."""
     train_share: float = 1.0
@@ -78,8 +84,8 @@ class TrainSettings:
     """Loader processes; -1: none on a CPU, one a core (at most 16) beside a GPU."""
     threads: int = 0
     """Of the CPU, for each process; 0: all cores, shared by the processes."""
-    pictures: bool = True
-    """Draw curves.png and first_batch.png: seconds a fold, many where the folds are many and short."""
+    pictures: Annotated[bool, ON] = True
+    """curves.png and first_batch.png are drawn, which takes seconds a fold: many where the folds are many and short."""
     validate_every: int = 1
     """Score the held-out recordings after every so many epochs, and after the last: for epochs that are shorter than that."""
     checkpoint_seconds: float = 0.0

@@ -9,6 +9,8 @@ from src import folds
 from src.console import UserError
 from src.folds import assign_folds, read_folds
 from src.metadata import read_metadata, targets
+from src.train import located
+from src.train_settings import TrainSettings
 
 REAL = Path(__file__).parents[2] / "shared/data/birdclef2023-meta"
 
@@ -136,6 +138,18 @@ def test_the_stage_repeats_its_bytes_and_refuses_to_replace_another_split(tmp_pa
     (tmp_path / "bad.csv").write_text("filename,fold\nx,one\n")
     with pytest.raises(UserError, match="not a fold table"):
         read_folds(tmp_path / "bad.csv")
+
+
+def test_folds_and_cache_are_named_after_the_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "input/birds"
+    data.mkdir(parents=True)
+    write(data, [{"primary_label": "ab"[number % 2], "author": str(number)} for number in range(12)])
+    assert folds.main(["--data", "input/birds", "--n-folds", "3"]) == 0
+    settings = located(TrainSettings(data=(Path("input/birds"),)))
+    assert settings.folds == Path("folds/birds.csv") and settings.folds.exists() and settings.cache == Path("input/cache/birds")
+    (data / "folds.csv").write_text("filename,fold\n")
+    assert located(TrainSettings(data=(data,))).folds == data / "folds.csv"
 
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"the real BirdCLEF2023 metadata are not at {REAL}")

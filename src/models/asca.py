@@ -6,21 +6,27 @@ After Li et al., "ASCA: Less Audio Data Is More Insightful". What is where, and 
     S0 two-layer convolution stem               Stem                  section 3
     S1..S3 (C): inverted bottleneck x4 with     MBConv                section 3, its reference [33]
         squeeze-excitation and a residual join
+    3x3 depthwise convolution in it; norm first                       the paper is silent; CoAtNet's
+    squeeze-excitation to a quarter of the      SqueezeExcite         the paper is silent; timm's
+        unexpanded width, SiLU between
     S4 (T): self-attention with a relative      Transformer           equations 1 and 3
         position term w_{i-j}                   RelativeAttention
+    MLP behind it, expansion 4; norm before     Transformer, Mlp      the paper is silent; CoAtNet's
+        attention and MLP (pre-norm)
     layout C-C-C-T (C-C-T-T, C-C-C-C)           `layout`              table 2
     division of the input into 7..32 pixels     `attn_patch`          section 4.4.3, figure 3; as tokens of S4: ours
     w_{i-j} as a table per head, or none        `rel_pos`             equations 3 and 2; "mlp": ours
     batch norm in the attention stage           `attn_norm="bn"`      section 4.2; "ln": CoAtNet
     expansion of the input's width              `expand_from="input"` section 3; "output": CoAtNet
-    random depth                                `drop_path`           section 4.2; the rate, 0.2: ours
+    random depth                                `drop_path`           section 4.2; the rate, 0.2: ours (src.train's default is 0: off)
     weighted noise                              src/weight_noise.py   section 4.2, undefined there: ours
     pre-training                                src/initialise.py     figure 2; from scratch: section 4.1
     widths and depths                           VARIANTS              the paper is silent; 0 and 1: CoAtNet's, nano and pico: timm's,
                                                                       tiny and test: ours
     heads of 32, Q/K/V projections, scale       RelativeAttention     the paper is silent; CoAtNet's
     activation; pooling of the shortcuts        `activation`, `pool`  the paper is silent; CoAtNet's (its pooling is "max")
-    norm, mean and linear layer at the end      `head`                the paper is silent; timm's; "gem" and "attention": ours
+    norm, mean and linear layer at the end      `head="avg"`          the paper is silent; timm's; "gem" (src.train's default) and
+                                                                      "attention": ours
     initial weights                             _initialise           the paper is silent; ours
 
 CoAtNet (Dai et al. 2021) is taken as timm's MaxxVit has it, with its parameter names, so that its state dicts load. Needs torch

@@ -15,6 +15,7 @@ EXPECTED_MEAN, EXPECTED_STD = -42.0, 17.0  # dB, of 247 real bird recordings: th
 class LogMelInput(nn.Module):
     """(B, 1, n_mels, window_frames) dB -> (B, 1, side, side), normalised; the paper's 224 x 224 input.
 
+    The paper says neither how to normalise nor how to resize: both are ours.
     `window` normalises each window by its own mean and standard deviation, 80 dB below its peak and up: a
     recorder's gain does not matter. `fixed` subtracts and divides by constants. The resize is bilinear with
     antialiasing (as PIL's, and torch's interpolate(antialias=True)), written as two fixed matrices, since the

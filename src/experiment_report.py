@@ -171,9 +171,6 @@ def command(table: Table, budget: Budget, names: Sequence[str], noisy: Collectio
                                ("--n-folds", budget.n_folds, usual.n_folds), ("--asca", budget.models[-1], usual.models[-1])):
         if own != default:
             words += [flag, *map(str, own if isinstance(own, tuple) else [own])]
-    present = {row.settings().model for row in table.rows}
-    if table.name == "table1" and not present.issuperset(budget.models):
-        words += ["--models", *(model for model in budget.models[:-1] if model in present)]
     words += ["--data", *(f"input/{name}" for name in names)]
     if noise := [f"{name}=input/noise" for name in names if name in noisy]:
         words += ["--noise", *noise]

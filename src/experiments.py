@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -55,8 +56,8 @@ class ExperimentSettings:
     """The first so many of each data set."""
     asca: str = ""
     """The variant that is ASCA: asca_nano (full) or asca_test (small)."""
-    models: tuple[str, ...] = ()
-    """Only these models of table 1 (and ASCA)."""
+    rows: tuple[str, ...] = ()
+    """Train only these rows of the tables, by their names, and those that they are compared with."""
     jobs: int = 0
     """Trainings side by side, at most 8 by default: one a core on a CPU, one for two cores beside a GPU."""
     device: str = "auto"
@@ -228,12 +229,13 @@ def completed(settings: ExperimentSettings) -> ExperimentSettings:
     return replace(settings, device=device, jobs=jobs, tables=tuple(PAPER) if "all" in settings.tables else settings.tables)
 
 
-def only(table: Table, models: set[str]) -> Table:
-    """The rows of these models. Raises UserError for one that the table has not."""
-    unknown = models - {row.settings().model for row in table.rows}
-    if unknown:
-        raise UserError(f"--models {' '.join(sorted(unknown))}: {table.name} has no such row under this budget")
-    return replace(table, rows=tuple(row for row in table.rows if row.settings().model in models))
+def only(tables: list[Table], names: Collection[str]) -> list[Table]:
+    """The tables with these rows alone. Raises UserError for a row that none of them has."""
+    known = {row.name for table in tables for row in table.rows}
+    if unknown := sorted(set(names) - known):
+        raise UserError(f"--rows {', '.join(unknown)}: no such row; there are {', '.join(sorted(known))}")
+    wanted = {*names, *(row.against for table in tables for row in table.rows if row.name in names)}
+    return [replace(table, rows=tuple(row for row in table.rows if row.name in wanted)) for table in tables]
 
 
 @stage
@@ -245,8 +247,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--data names the data sets, two or more of them by different names")
     noise = noise_of(settings, names)
     tables = [TABLES[name](budget, names) for name in settings.tables]
-    if settings.models:
-        tables = [only(table, {*settings.models, budget.models[-1]}) if table.name == "table1" else table for table in tables]
+    chosen = only(tables, settings.rows) if settings.rows else tables
     for table in tables:
         for row in table.rows:
             row.settings()  # raises for a flag that src.train does not take
@@ -256,12 +257,12 @@ def main(argv: list[str] | None = None) -> int:
             data = {name: open_data(settings, folder, noise.get(name), budget.n_folds) for name, folder in zip(names, settings.data)}
             for one in data.values():
                 results.check_split(one.name, one.split)
-            plan = Plan(settings, tables, data, budget.seeds, results.finished())
+            plan = Plan(settings, chosen, data, budget.seeds, results.finished())
             say(f"{', '.join(settings.tables)}: {len(plan.wanted)} folds of {len({(c.data, c.key, c.seed) for c in plan.wanted})} runs, "
                 f"{len(plan.wanted.keys() & plan.finished)} finished, {len(plan.todo)} to train, {settings.jobs} side by side on {settings.device}")
             failed = train_all(plan, results)
     if settings.speed:
-        measure_speed(settings, tables)
+        measure_speed(settings, chosen)
     for table in tables:
         written = write_report(table, budget, names, results, noise.keys() if settings.data else results.noisy(), settings.results)
         say(f"wrote {settings.results / stem_of(table, budget)}.md, .csv and .png" if written else f"{table.name}: nothing of it is trained under this budget")

@@ -202,7 +202,7 @@ def test_intervals_are_student_s():
     (["table1"], "--data names the data sets"),
     (["table1", "--data", "a/x", "b/x"], "by different names"),
     (["table1", "--data", "a/x", "--noise", "y=z"], "--noise y: write NAME=DIR"),
-    (["table1", "--data", "a/x", "--models", "vgg"], "--models vgg: table1 has no such row"),
+    (["table1", "table2", "--data", "a/x", "--rows", "C-C-C-C", "VGG"], "--rows VGG: no such row; there are ASCA, "),
     (["table1", "--data", "no/where"], "no/where: no train_metadata.csv there; make the folder with python -m src.prepare"),
 ])
 def test_bad_input_is_one_line(words, message, tmp_path, capsys):

@@ -100,7 +100,8 @@ def test_the_table_s_numbers_are_those_of_the_predictions(birds, done):
                     assert got.over_recordings == pytest.approx(gain.mean(), abs=1e-5)
                     assert got.over_recordings_high - got.over_recordings_low == pytest.approx(2 * 1.96 * gain.std() / len(gain) ** 0.5, rel=0.2, abs=1e-6)
     text = (results / "table2_small.md").read_text()
-    assert "`python -m src.experiments table2 --budget small --epochs 1 --input-side 64`" in text and "small budget: 64 x 64, 1 epoch in batches of 8)" in text
+    assert "`python -m src.experiments table2 --budget small --epochs 1 --input-side 64 --data input/birds`" in text
+    assert "# Table 2: layouts (small budget: each smallest variant, 64 x 64, 1 epoch in batches of 8, 2 folds, 1 seed)" in text
     assert "| C-C-T-T | 2 |" in text and "| 75.3 |" in text and (results / "table2_small.png").stat().st_size > 5000
 
 

@@ -63,7 +63,7 @@ def test_of_timm_s_trained_coatnet_all_but_the_attention_of_s3_maps(tmp_path, ca
     save_model(theirs, str(tmp_path / "nano.safetensors"))
     ours, _ = begin(tmp_path / "nano.safetensors", "asca_nano", expand_from="input")
     said = capsys.readouterr().out
-    assert "stem 6/6, stages.0 51/60, stages.1 70/82, stages.2 0/122, stages.3 37/41, norm 2/2" in said and "fresh weights: stages.0.blocks.0 (" in said
+    assert "stem 6/6, stages.0 51/60, stages.1 70/82, stages.2 0/122, stages.3 37/41, norm 2/2" in said and "fresh weights: head.fc.bias, " in said
     assert "stages.2.blocks.0, stages.2.blocks.1, " in said.split("fresh weights")[1].split("not taken")[0]  # whole blocks by their names
     assert "stages.2.blocks.0 (" not in said and "stages.2.blocks.3" in said.split("not taken from the file: ")[1]
     state = theirs.state_dict()
@@ -129,7 +129,7 @@ def test_another_run_gives_all_but_the_head_and_never_a_recording_it_was_trained
         assert name.startswith("network.head") or name.endswith("tracked") or torch.equal(tensor, weights[name]), name
     same, _ = begin(run, "asca_test", 3, side=64, held_out=held_out, classes=read_config(run / "fold0")["classes"])
     assert "fresh" not in capsys.readouterr().out and torch.equal(same.network.head.fc.weight, weights["network.head.fc.weight"])
-    other = TrainSettings(model="asca_test", init=run / "fold0", network=ModelSettings(input_side=64, head="attention"))
+    other = TrainSettings(model="asca_test", init=run / "fold0", network=ModelSettings(input_side=64, asca=AscaSettings(head="attention")))
     pooled = create_model("asca_test", 7, AUDIO, other.network)  # a head of another kind begins fresh
     initialise(pooled, other, fold=0, classes=[f"class {k}" for k in range(7)], audio=AUDIO, held_out=held_out)
     assert torch.equal(pooled.state_dict()["network.norm.weight"], weights["network.norm.weight"])

@@ -17,6 +17,7 @@ from .storage import write_table, write_text
 
 NONE = "–"
 RESAMPLES = 2000
+UNKNOWN = (np.nan,) * 3
 SHOWN = ("top1", "macro_ap")  # the other metrics are in the CSV
 
 
@@ -36,6 +37,18 @@ def shown(estimate: Sequence[float], sign: str = "") -> str:
     if np.isnan(mean):
         return NONE
     return f"{mean:{sign}.3f}" + ("" if np.isnan(low) else f" ({low:{sign}.3f} to {high:{sign}.3f})")
+
+
+def bootstrap(values: Sequence[np.ndarray], cells: pd.MultiIndex) -> tuple[float, float, float]:
+    """Mean and 95 % interval over recordings; values: one a recording for each training (seed, fold)."""
+    folds: dict[int, list[np.ndarray]] = {}
+    for (_, fold), of_training in zip(cells, values):
+        folds.setdefault(fold, []).append(of_training)
+    if not folds:
+        return UNKNOWN
+    mean = np.concatenate([np.mean(of_fold, axis=0) for of_fold in folds.values()])  # (recordings,)
+    resampled = mean[np.random.default_rng(0).integers(len(mean), size=(RESAMPLES, len(mean)))].mean(axis=1)
+    return float(mean.mean()), *np.percentile(resampled, [2.5, 97.5]).tolist()
 
 
 class DataTable:
@@ -63,26 +76,22 @@ class DataTable:
         pair = self.found[row.name][metric].astype(float) - self.found[row.against][metric].astype(float)
         return self.interval(pair)
 
+    def over_recordings(self, row: Row) -> tuple[float, float, float]:
+        """Top-1 of all folds' held-out recordings, each one's mean over the seeds, with its 95 % bootstrap interval over the recordings."""
+        return bootstrap([unpacked(one.hits, one.held_out) for one in self.found[row.name].itertuples()], self.found[row.name].index)
+
     def difference_over_recordings(self, row: Row) -> tuple[float, float, float]:
-        """Of top-1: the mean over the seeds that both have, with the 95 % bootstrap interval over the held-out recordings of all folds."""
-        gains: dict[int, list[np.ndarray]] = {}
+        """The same of this row's top-1 minus that of the one it is compared with, recording by recording, over the trainings that both have."""
         if row.against == row.name or row.against not in self.found:
-            return (np.nan,) * 3
-        mine, base = self.found[row.name], self.found[row.against]
-        for seed, fold in mine.index.intersection(base.index):
-            here, there = mine.loc[(seed, fold)], base.loc[(seed, fold)]
-            gains.setdefault(fold, []).append(unpacked(here.hits, here.held_out) - unpacked(there.hits, there.held_out))
-        if not gains:
-            return (np.nan,) * 3
-        gain = np.concatenate([np.mean(of_seeds, axis=0) for of_seeds in gains.values()])
-        resampled = gain[np.random.default_rng(0).integers(len(gain), size=(RESAMPLES, len(gain)))].mean(axis=1)
-        return float(gain.mean()), *np.percentile(resampled, [2.5, 97.5]).tolist()
+            return UNKNOWN
+        both = self.found[row.name].join(self.found[row.against], rsuffix="_base", how="inner")
+        return bootstrap([unpacked(one.hits, one.held_out) - unpacked(one.hits_base, one.held_out) for one in both.itertuples()], both.index)
 
     def interval(self, values: pd.Series) -> tuple[float, float, float]:
-        """Without bounds while trainings are missing: a few folds may agree by chance."""
+        """Without bounds while trainings are missing, and for two: a few folds may agree by chance."""
         values = values.dropna().to_numpy(float)
         mean, *bounds = interval(values)
-        return mean, *(bounds if len(values) == self.n_cells else (np.nan, np.nan))
+        return mean, *(bounds if len(values) == self.n_cells > 2 else (np.nan, np.nan))
 
     def cost(self, row: Row) -> dict[str, float]:
         found = self.found[row.name]
@@ -92,13 +101,13 @@ class DataTable:
     def markdown(self, paper: dict[str, dict[str, float]]) -> list[str]:
         columns = paper_data(paper)
         header = ["row", "trainings", *(f"{NAMES[metric]}{what}" for metric in SHOWN for what in ("", ", difference")),
-                  "top-1, difference over recordings", "parameters, M", "GMACs",
+                  "top-1 over recordings", "its difference", "parameters, M", "GMACs",
                   "training, s a fold", "CPU windows/s", *([f"paper, mAP %: {' / '.join(columns)}"] if paper else [])]
         lines = ["", f"## {self.data}", "", *("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header)))]
         for row in self.rows:
             cost, n = self.cost(row), len(self.found[row.name])
             scores = [cell for metric in SHOWN for cell in (shown(self.estimate(row, metric)), shown(self.difference(row, metric), "+"))]
-            scores.append(shown(self.difference_over_recordings(row), "+"))
+            scores += [shown(self.over_recordings(row)), shown(self.difference_over_recordings(row), "+")]
             costs = [NONE if np.isnan(value) else f"{value:{form}}" for value, form in (
                 (cost["parameters"] / 1e6, ".2f"), (cost["gmacs"], ".2f"), (cost["train_seconds"], ".0f"), (cost["windows_per_second"], ".1f"))]
             figures = [" / ".join(str(paper.get(row.name, {}).get(column, NONE)) for column in columns)] if paper else []
@@ -106,12 +115,12 @@ class DataTable:
         return lines
 
     def long(self, paper: dict[str, dict[str, float]]) -> list[dict]:
-        unknown = (np.nan,) * 3
         return [{"data": self.data, "row": row.name, "metric": metric, "trainings": len(self.found[row.name]),
                  **dict(zip(("mean", "low", "high"), self.estimate(row, metric))), "compared_with": row.against if row.against != row.name else "",
                  **dict(zip(("difference", "difference_low", "difference_high"), self.difference(row, metric))),
-                 **dict(zip(("over_recordings", "over_recordings_low", "over_recordings_high"),
-                            self.difference_over_recordings(row) if metric == "top1" else unknown)), **self.cost(row),
+                 **dict(zip(("over_recordings", "over_recordings_low", "over_recordings_high"), self.over_recordings(row) if metric == "top1" else UNKNOWN)),
+                 **dict(zip(("its_difference", "its_difference_low", "its_difference_high"),
+                            self.difference_over_recordings(row) if metric == "top1" else UNKNOWN)), **self.cost(row),
                  **{f"paper, {data}, mAP %": paper.get(row.name, {}).get(data, np.nan) for data in paper_data(paper)}}
                 for row in self.rows for metric in NAMES]
 
@@ -129,9 +138,9 @@ def write_report(table: Table, budget: Budget, names: Sequence[str], results: Re
     base = bases[0] if len(bases) == 1 else "ASCA (a baseline's: minus ASCA at the same share)"
     lines = [f"# {table.title} ({size(budget)})", "", f"`{command(table, budget, names, noisy)}`. {setting(parts, budget, speeds)}", "", table.note, "",
              "Top-1 and macro AP of the held-out recordings (a recording's probability is the mean over its windows): the mean over folds and seeds, and where "
-             "all are there, the 95 % interval of Student's t over them. Folds share training recordings and seeds share folds, so the intervals are rather "
-             "too narrow; over two folds of one seed they are so wide that they tell little. There the last difference helps: its interval is a "
-             "bootstrap over the held-out recordings. "
+             "all are there and three or more, the 95 % interval of Student's t over them. Folds share training recordings and seeds share folds, so these "
+             "intervals are rather too narrow. Over recordings: top-1 again, its 95 % interval a bootstrap over the held-out recordings of all folds, which "
+             "leaves out what another training would change. "
              f"Difference: the row minus {base}, paired by fold and seed. Padded cmAP, LRAP and ROC-AUC are in [{stem}.csv]({stem}.csv). "
              f"ASCA is `{budget.models[-1]}`."]
     if table.paper:
@@ -206,13 +215,10 @@ def curves(part: DataTable, metric: str) -> dict[str, list[tuple[float, float, f
     found: dict[str, list] = {}
     for row in part.rows:
         if len(part.found[row.name]):
-            found.setdefault(row.line, []).append((row.x, *of_picture(part, row, metric)[0]))
+            found.setdefault(row.line, []).append((row.x, *part.estimate(row, metric)))
     return found
 
 
 def of_picture(part: DataTable, row: Row, metric: str) -> tuple[tuple[float, float, float], Sequence[float]]:
-    """((mean, low, high), each training's value). Two trainings' interval would hide all others."""
-    if row not in part.rows:
-        return (np.nan,) * 3, ()
-    mean, *bounds = part.estimate(row, metric)
-    return (mean, *(bounds if part.n_cells > 2 else (np.nan, np.nan))), part.found[row.name][metric].tolist()
+    """((mean, low, high), each training's value)."""
+    return (part.estimate(row, metric), part.found[row.name][metric].tolist()) if row in part.rows else (UNKNOWN, ())

@@ -202,7 +202,7 @@ def intervals(path: Path, panels: Sequence[tuple[str, Sequence[tuple[str, tuple[
         axes.set_title(title, fontsize=10)
         axes.grid(axis="x", alpha=0.3)
     grid[0, 0].set_yticks(range(len(names)), [plain(name) for name in names])
-    grid[0, 0].invert_yaxis()
+    grid[0, 0].set_ylim(len(names) - 0.5, -0.5)
     figure.supxlabel(f"dashed: {plain(reference)}; {foot}", fontsize=9)
     save(figure, path)
 

@@ -11,12 +11,12 @@ from scipy.stats import t
 
 from . import plots
 from .experiment_results import FLOATS, SPEED, Results, read_table, unpacked
-from .metrics import NAMES
+from .metrics import NAMES, bootstrap_weights
 from .paper_tables import BUDGETS, Budget, Row, Table
 from .storage import write_table, write_text
 
 NONE = "–"
-RESAMPLES = 2000
+RESAMPLES = 1000
 UNKNOWN = (np.nan,) * 3
 SHOWN = ("top1", "macro_ap")  # the other metrics are in the CSV
 
@@ -47,8 +47,8 @@ def bootstrap(values: Sequence[np.ndarray], cells: pd.MultiIndex) -> tuple[float
     if not folds:
         return UNKNOWN
     mean = np.concatenate([np.mean(of_fold, axis=0) for of_fold in folds.values()])  # (recordings,)
-    resampled = mean[np.random.default_rng(0).integers(len(mean), size=(RESAMPLES, len(mean)))].mean(axis=1)
-    return float(mean.mean()), *np.percentile(resampled, [2.5, 97.5]).tolist()
+    means = mean @ bootstrap_weights(len(mean), RESAMPLES) / len(mean)
+    return float(means[0]), *np.percentile(means[1:], [2.5, 97.5]).tolist()
 
 
 class DataTable:
@@ -101,7 +101,7 @@ class DataTable:
     def markdown(self, paper: dict[str, dict[str, float]]) -> list[str]:
         columns = paper_data(paper)
         header = ["row", "trainings", *(f"{NAMES[metric]}{what}" for metric in SHOWN for what in ("", ", difference")),
-                  "top-1 over recordings", "its difference", "parameters, M", "GMACs",
+                  "top-1 over recordings", "difference over recordings", "parameters, M", "GMACs",
                   "training, s a fold", "CPU windows/s", *([f"paper, mAP %: {' / '.join(columns)}"] if paper else [])]
         lines = ["", f"## {self.data}", "", *("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header)))]
         for row in self.rows:
@@ -119,7 +119,7 @@ class DataTable:
                  **dict(zip(("mean", "low", "high"), self.estimate(row, metric))), "compared_with": row.against if row.against != row.name else "",
                  **dict(zip(("difference", "difference_low", "difference_high"), self.difference(row, metric))),
                  **dict(zip(("over_recordings", "over_recordings_low", "over_recordings_high"), self.over_recordings(row) if metric == "top1" else UNKNOWN)),
-                 **dict(zip(("its_difference", "its_difference_low", "its_difference_high"),
+                 **dict(zip(("over_recordings_difference", "over_recordings_difference_low", "over_recordings_difference_high"),
                             self.difference_over_recordings(row) if metric == "top1" else UNKNOWN)), **self.cost(row),
                  **{f"paper, {data}, mAP %": paper.get(row.name, {}).get(data, np.nan) for data in paper_data(paper)}}
                 for row in self.rows for metric in NAMES]
@@ -133,10 +133,10 @@ def write_report(table: Table, budget: Budget, names: Sequence[str], results: Re
     if not any(len(found) for part in parts for found in part.found.values()):
         return False
     write_table(folder / f"{stem}.csv", pd.DataFrame([row for part in parts for row in part.long(table.paper)]), FLOATS)
-    draw(folder / f"{stem}.png", table, parts, f"{table.title}\n{size(budget)}")
+    draw(folder / f"{stem}.png", table, parts, f"{table.title}\n{in_words(budget)}")
     bases = sorted({row.against for row in table.rows})
     base = bases[0] if len(bases) == 1 else "ASCA (a baseline's: minus ASCA at the same share)"
-    lines = [f"# {table.title} ({size(budget)})", "", f"`{command(table, budget, names, noisy)}`. {setting(parts, budget, speeds)}", "", table.note, "",
+    lines = [f"# {table.title} ({in_words(budget)})", "", f"`{command(table, budget, names, noisy)}`. {setting(parts, budget, speeds)}", "", table.note, "",
              "Top-1 and macro AP of the held-out recordings (a recording's probability is the mean over its windows): the mean over folds and seeds, and where "
              "all are there and three or more, the 95 % interval of Student's t over them. Folds share training recordings and seeds share folds, so these "
              "intervals are rather too narrow. Over recordings: top-1 again, its 95 % interval a bootstrap over the held-out recordings of all folds, which "
@@ -157,8 +157,8 @@ def stem_of(table: Table, budget: Budget) -> str:
     return table.name if budget.name == "full" else f"{table.name}_{budget.name}"
 
 
-def size(budget: Budget) -> str:
-    """What every training of the budget is, in words."""
+def in_words(budget: Budget) -> str:
+    """What every training of the budget is."""
     return (f"{budget.name} budget: {'each smallest variant, ' if budget.name == 'small' else ''}{budget.side} x {budget.side}, "
             f"{counted(budget.epochs, 'epoch')} in batches of {budget.batch}, {counted(budget.n_folds, 'fold') if budget.n_folds else 'all folds'}, "
             f"{counted(len(budget.seeds), 'seed')}")

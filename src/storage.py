@@ -62,6 +62,8 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         partial.rename(path)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
+        if old.exists() and not path.exists():
+            old.rename(path)
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -207,7 +207,7 @@ def draw(path: Path, table: Table, parts: Sequence[DataTable], heading: str) -> 
     panels += [(f"the paper: {data}, mAP %", [(row.name, (table.paper.get(row.name, {}).get(data, np.nan), np.nan, np.nan), ()) for row in rows])
                for data in paper_data(table.paper)]
     plots.intervals(path, panels, heading, reference=rows[-1].against,
-                    foot="small: each training; bars: 95 % intervals of the mean, from three trainings on and where none is missing")
+                    foot="small: each training; hollow: a mean that lacks trainings; bars: 95 % intervals of the mean, from three trainings on")
 
 
 def curves(part: DataTable, metric: str) -> dict[str, list[tuple[float, float, float, float]]]:

@@ -183,7 +183,8 @@ def per_class_chart(path: Path, table: pd.DataFrame, heading: str) -> None:
 def intervals(path: Path, panels: Sequence[tuple[str, Sequence[tuple[str, tuple[float, float, float], Sequence[float]]]]], heading: str, reference: str,
               foot: str) -> None:
     """Panels, four in a row, with the same lines from top to bottom: (name, (mean, low, high), single values), NaN where there is none;
-    a dashed line through the one that the others are compared with. A panel without a value is left out."""
+    a dashed line through the one that the others are compared with. A line with fewer values than another one has a hollow mean, since
+    the two are not over the same. A panel without a value is left out."""
     panels = [(title, points) for title, points in panels if np.isfinite([mean for _, (mean, *_), _ in points]).any()]
     names, columns = [name for name, *_ in panels[0][1]], min(4, len(panels))
     rows = -(-len(panels) // columns)
@@ -194,9 +195,11 @@ def intervals(path: Path, panels: Sequence[tuple[str, Sequence[tuple[str, tuple[
         axes.set_axis_off()
     for axes, (title, points) in zip(grid.flat, panels):
         value, low, high = np.array([estimate for _, estimate, _ in points], float).T
+        fewer = [place for place, (*_, values) in enumerate(points) if len(values) < max(len(values) for *_, values in points)]
         for place, (*_, values) in enumerate(points):
             axes.plot(values, np.full(len(values), place), ".", color="C0", alpha=0.4, markersize=5)
         axes.errorbar(value, range(len(names)), xerr=np.nan_to_num([value - low, high - value]).clip(0), fmt="o", markersize=5, capsize=3)
+        axes.plot(value[fewer], fewer, "o", color="C0", markerfacecolor="white", markersize=5, zorder=3)
         if reference in names and np.isfinite(value[names.index(reference)]):
             axes.axvline(value[names.index(reference)], color="0.5", linestyle="--", linewidth=1)
         axes.set_title(title, fontsize=10)

@@ -25,9 +25,6 @@ CHANGES = {
     "no stretch, no mel shift": "--stretch 0 --mel-shift-bins 0",
     "larger masks": "--spec-augment-probability 1 --frequency-mask-bins 24 --time-mask-frames 100",
     "label smoothing 0.1": "--label-smoothing 0.1",
-    # Cheaper at inference than the exact GELU: benchmarks/results/inference_activation.md.
-    "activation: GELU by tanh": "--activation gelu_tanh",
-    "activation: ReLU": "--activation relu",
 }
 
 

@@ -170,14 +170,14 @@ def random_filter(crop: np.ndarray, largest: float, rng: np.random.Generator) ->
 class SpecAugment:
     """SpecAugment (Park et al. 2019): masks over frequency and time, filled with the crop's mean (0 dB would be loud)."""
 
-    def __init__(self, settings: AugmentSettings) -> None:
+    def __init__(self, settings: AugmentSettings, frames: int, n_mels: int) -> None:
         os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it would ask the network for its newest version
         import albumentations
 
         self.probability = settings.spec_augment_probability
         self.masking = albumentations.XYMasking(  # x: mel bins, y: frames, since crops are time-major
-            num_masks_x=(0, settings.frequency_masks), mask_x_length=(0, settings.frequency_mask_bins),
-            num_masks_y=(0, settings.time_masks), mask_y_length=(0, settings.time_mask_frames), fill=0, p=1.0)
+            num_masks_x=(0, settings.frequency_masks), mask_x_length=(0, min(settings.frequency_mask_bins, n_mels)),
+            num_masks_y=(0, settings.time_masks), mask_y_length=(0, min(settings.time_mask_frames, frames)), fill=0, p=1.0)
 
     def __call__(self, crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(frames, n_mels) uint8 -> the same, masked with probability `spec_augment_probability`; draws from `rng` alone."""

@@ -30,7 +30,8 @@ def stage(main: Callable[..., int | None]) -> Callable[..., int]:
             return 1
         except KeyboardInterrupt as interrupt:
             code = 143 if interrupt.args else 130
-            print(f"\n{name}: interrupted; what was finished is kept, the same command continues", file=sys.stderr)
+            again = "the same command without --restart" if "--restart" in (sys.argv if argv is None else argv) else "the same command"
+            print(f"\n{name}: interrupted; what was finished is kept, {again} continues", file=sys.stderr)
             return code
         finally:
             signal.signal(signal.SIGTERM, previous)

@@ -36,7 +36,7 @@ class Crops(Dataset):
         self.names, self.paths = table.filename.tolist(), table.path.tolist()
         self.cache, self.target, self.weight = cache, target, weight
         self.settings, self.seed = settings, seed
-        self.spec_augment = SpecAugment(settings)
+        self.spec_augment = SpecAugment(settings, cache.config.window_frames, cache.config.n_mels)
         self.waveform_augment = None
         # A gain alone is no reason to decode: the window's normalisation undoes it.
         on_waveforms = noise is not None or settings.band_filter_probability or settings.gaussian_probability or settings.pitch_probability

@@ -32,7 +32,7 @@ def start(*, device: str, precision: str, accumulate: int, threads: int):
     """
     chosen = choose_device(device)
     if precision == "auto":
-        precision = "fp32" if chosen.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        precision = "fp32" if chosen.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if precision == "fp16" and chosen.type == "cpu":
         raise UserError("--precision fp16 needs a GPU; a CPU has fp32 and bf16")
     import_timm()  # Accelerate imports torchvision too: the guard goes first

@@ -11,11 +11,13 @@ import pandas as pd
 
 from . import devices
 from .cache import Cache
+from .config import differences
 from .console import UserError, say, stage
 from .evaluate import out_of_fold
 from .export import load_model
 from .metadata import read_metadata
 from .predict import predict
+from .run_config import fold_folders
 from .settings import parse
 from .soft_labels import UNSEEN
 from .storage import write_table
@@ -36,26 +38,31 @@ class DistilSettings:
 @stage
 def main(argv: list[str] | None = None) -> None:
     settings = parse(DistilSettings, argv, prog="python -m src.distil", description=__doc__)
-    tables, metadata, config = [], None, None
+    tables, known, first = [], set(), None
     for run in settings.run:
         folds, metadata, config = out_of_fold(run, (), None)
+        known |= set(metadata.table.filename)
+        first = first or config
         table = pd.concat([table.assign(source=str(fold)) for fold, table in folds.items()]).set_index(["filename", "source"]).sort_index()
         if tables and (not table.index.equals(tables[0].index) or list(table) != list(tables[0])):
             raise UserError(f"{run} and {settings.run[0]} differ in folds or classes; their out-of-fold predictions cannot be averaged")
         tables.append(table)
     mean = sum(tables) / len(tables)
     if settings.data:
-        mean = pd.concat([mean, unseen(settings, config, metadata)])
+        mean = pd.concat([mean, unseen(settings, first, known)])
     write_table(settings.out, mean.reset_index(), float_format="%.6g")
     say(f"wrote {settings.out}: {len(tables[0])} recordings out of fold, {len(mean) - len(tables[0])} unseen; {len(settings.run)} teacher run(s)")
 
 
-def unseen(settings: DistilSettings, config: dict, metadata) -> pd.DataFrame:
-    """The further folders' recordings, each the mean over all folds of all teachers."""
+def unseen(settings: DistilSettings, config: dict, known: set[str]) -> pd.DataFrame:
+    """The further folders' recordings that are not `known` to any teacher, each the mean over all folds of all teachers.
+
+    `config`: the first teacher's. Raises UserError where there are none, or a teacher's audio recipe is not the cache's.
+    """
     first = Path(config["settings"]["data"][0])
     everything = read_metadata((first, *settings.data), config["settings"]["metadata"]).table
     cache = Cache(settings.cache or Path(config["settings"]["cache"]))
-    new = everything[everything.is_extra & ~everything.filename.isin(metadata.table.filename)]
+    new = everything[everything.is_extra & ~everything.filename.isin(known)]
     names = [name for name in new.filename if name in cache]
     if not names:
         raise UserError(f"{', '.join(map(str, settings.data))}: no recording there is new to the teachers and lies in the cache {cache.folder}; "
@@ -63,11 +70,13 @@ def unseen(settings: DistilSettings, config: dict, metadata) -> pd.DataFrame:
     accelerator = devices.start(device=settings.device, precision="auto", accumulate=1, threads=0)
     found = []
     for run in settings.run:
-        for folder in sorted(run.glob("fold*/weights.safetensors")):
-            model, _ = load_model(folder.parent)
+        for folder in fold_folders(run):
+            model, teacher = load_model(folder)
+            if changed := differences(teacher["audio"], cache.config.to_dict()):
+                raise UserError(f"{cache.folder} holds another recipe than {run} was trained on ({'; '.join(changed)}); name its --cache")
             found.append(predict(model.to(accelerator.device), names, cache, accelerator, batch_size=32))
     index = pd.MultiIndex.from_product([names, [UNSEEN]], names=["filename", "source"])
-    return pd.DataFrame(np.mean(found, axis=0), index, list(metadata.classes))
+    return pd.DataFrame(np.mean(found, axis=0), index, config["classes"])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from .config import differences
 from .console import UserError, say, stage
 from .metadata import Metadata, read_csv, read_metadata, targets
 from .metrics import NAMES
-from .run_config import comparable, read_config
+from .run_config import comparable, fold_folders, read_config
 from .settings import parse
 from .storage import safe_cell, write_table
 
@@ -62,7 +62,7 @@ def out_of_fold(run: Path, data: tuple[Path, ...], metadata: Path | None) -> tup
 
     Raises UserError where no fold is finished, their settings differ, or a recording is held out twice.
     """
-    folders = sorted((f for f in run.glob("fold*") if (f / "weights.safetensors").exists()), key=lambda f: int(f.name[4:]))
+    folders = fold_folders(run)
     if not folders:
         raise UserError(f"{run} holds no finished fold; train one with python -m src.train --run {run}")
     configs = [read_config(folder) for folder in folders]
@@ -115,7 +115,8 @@ def evaluate_run(settings: EvaluateSettings) -> None:
     pooled = pd.concat(folds.values(), ignore_index=True)
     truth, probability = truth_of(pooled.filename, metadata, config), pooled[classes].to_numpy()
     pooled_scores = metrics.score(truth, probability, resamples=settings.resamples)
-    means = {name: f"{mean} +- {deviation:.3f}" for name, (mean, deviation) in metrics.mean_over(list(by_fold.values())).items()}
+    over_folds = metrics.mean_over(list(by_fold.values()))
+    means = {name: str(mean) if np.isnan(mean.value) else f"{mean} +- {deviation:.3f}" for name, (mean, deviation) in over_folds.items()}
     sizes = {fold: len(table) for fold, table in folds.items()} | {"pooled": len(pooled)}
     rows = [{"fold": fold, "recordings": sizes[fold], "metric": name, "value": e.value, "low": e.low, "high": e.high}
             for fold, scores in {**by_fold, "pooled": pooled_scores}.items() for name, e in scores.items()]

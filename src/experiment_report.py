@@ -104,12 +104,15 @@ class DataTable:
                   "top-1 over recordings", "difference over recordings", "parameters, M", "GMACs",
                   "training, s a fold", "CPU windows/s", *([f"paper, mAP %: {' / '.join(columns)}"] if paper else [])]
         lines = ["", f"## {self.data}", "", *("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header)))]
+        devices = {device for found in self.found.values() for device in found.device}
         for row in self.rows:
             cost, n = self.cost(row), len(self.found[row.name])
             scores = [cell for metric in SHOWN for cell in (shown(self.estimate(row, metric)), shown(self.difference(row, metric), "+"))]
             scores += [shown(self.over_recordings(row)), shown(self.difference_over_recordings(row), "+")]
             costs = [NONE if np.isnan(value) else f"{value:{form}}" for value, form in (
                 (cost["parameters"] / 1e6, ".2f"), (cost["gmacs"], ".2f"), (cost["train_seconds"], ".0f"), (cost["windows_per_second"], ".1f"))]
+            if len(devices) > 1 and n:  # seconds on different devices are no comparison unless the device is named, and their mean is nothing
+                costs[2] = f"{costs[2]} ({', '.join(set(self.found[row.name].device))})" if self.found[row.name].device.nunique() == 1 else NONE
             figures = [" / ".join(str(paper.get(row.name, {}).get(column, NONE)) for column in columns)] if paper else []
             lines.append("| " + " | ".join([row.name, str(n) if n == self.n_cells else f"{n} of {self.n_cells}", *scores, *costs, *figures]) + " |")
         return lines

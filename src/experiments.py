@@ -226,7 +226,8 @@ def completed(settings: ExperimentSettings) -> ExperimentSettings:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
     cores = os.cpu_count() or 1
     jobs = settings.jobs or max(1, min(8, cores if device == "cpu" else cores // 2))
-    return replace(settings, device=device, jobs=jobs, tables=tuple(PAPER) if "all" in settings.tables else settings.tables)
+    tables = dict.fromkeys(name for table in settings.tables for name in (PAPER if table == "all" else (table,)))
+    return replace(settings, device=device, jobs=jobs, tables=tuple(tables))
 
 
 def only(tables: list[Table], names: Collection[str]) -> list[Table]:
@@ -253,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
             row.settings()  # raises for a flag that src.train does not take
     failed: list[Job] = []
     if not settings.only_report:
-        with owned(settings.runs):
+        with owned(settings.runs), owned(settings.results):
             data = {name: open_data(settings, folder, noise.get(name), budget.n_folds) for name, folder in zip(names, settings.data)}
             for one in data.values():
                 results.check_split(one.name, one.split)

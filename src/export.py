@@ -22,7 +22,7 @@ from .console import UserError, say, stage
 from .dataset import to_log_mel
 from .models import ModelSettings, create_model
 from .models.asca import AscaSettings, MBConv
-from .run_config import read_config
+from .run_config import fold_folders, read_config
 from .settings import parse
 from .storage import atomic, sha256, write_text
 
@@ -136,7 +136,7 @@ def _unchanged(out: Path) -> bool:
 @stage
 def main(argv: list[str] | None = None) -> None:
     settings = parse(ExportSettings, argv, prog="python -m src.export", description=__doc__)
-    trained = {folder.name.removeprefix("fold"): folder for folder in sorted(settings.run.glob("fold*")) if (folder / "weights.safetensors").exists()}
+    trained = {folder.name.removeprefix("fold"): folder for folder in fold_folders(settings.run)}
     if not trained:
         raise UserError(f"{settings.run} holds no finished fold; train one with python -m src.train --run {settings.run}")
     wanted = list(trained) if settings.fold == ("all",) else list(settings.fold)

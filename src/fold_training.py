@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -39,6 +41,12 @@ from .weight_noise import WeightNoise
 GOLDEN_WINDOWS = 16  # held-out windows kept beside the weights: the export is checked on them
 NOT_VALIDATED = {"valid_loss": math.nan, "valid_top1": math.nan, "valid_macro_ap": math.nan}
 SECONDS_BETWEEN_CURVES = 20.0  # drawing them takes a third of one
+
+
+def digest_of(table: pd.DataFrame) -> str:
+    """Names a set of recordings and their labels, in whatever order."""
+    rows = sorted(zip(table.filename, table.primary_label, table.secondary_labels))
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:10]
 
 
 class FoldTraining:
@@ -81,7 +89,8 @@ class FoldTraining:
                        "classes": list(self.classes), "soft_labels_sha256": sha256(settings.soft_labels) if settings.soft_labels else None,
                        "init": begun,
                        "prior": [float(f"{p:.6g}") for p in self.prior],
-                       "recordings": {"training": len(self.training), "held_out": len(self.held_out)},
+                       "recordings": {"training": len(self.training), "training_digest": digest_of(self.training),
+                                      "held_out": len(self.held_out), "held_out_digest": digest_of(self.held_out)},
                        "processes": accelerator.num_processes, "versions": versions()}
 
     # ------------------------------------------------------------------------------------------- state on disk
@@ -109,7 +118,7 @@ class FoldTraining:
         write_table(self.folder / "history.csv", history, float_format="%.9g")
         if self.settings.pictures and (finished or time.monotonic() - self.drawn > SECONDS_BETWEEN_CURVES):
             self.drawn = time.monotonic()
-            plots.curves(self.folder / "curves.png", history, f"{self.settings.run.name}, fold {self.fold}")
+            plots.curves(self.folder / "curves.png", history, f"{plots.plain(self.settings.run.name)}, fold {self.fold}", self.settings.loss)
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -130,6 +139,7 @@ class FoldTraining:
             began = time.perf_counter()
             loss = self.epoch(epoch, batches)
             seconds = time.perf_counter() - began
+            self.require_finite(epoch)
             row = {"epoch": epoch + 1, "learning_rate": self.optimiser.param_groups[0]["lr"], "train_loss": loss, **NOT_VALIDATED}
             if (epoch + 1) % self.settings.validate_every == 0 or epoch + 1 == self.settings.epochs:
                 row |= self.validate()
@@ -151,11 +161,12 @@ class FoldTraining:
         return DataLoader(self.crops, batch_sampler=self.sampler, collate_fn=as_is, num_workers=workers, pin_memory=on_gpu)
 
     def record(self) -> None:
-        """On one GPU: the network's passes as CUDA graphs, unless they are compiled or the flag says no."""
+        """On one GPU: the network's passes as CUDA graphs, unless they are compiled or the flag says no. Not under --accumulate: a recorded
+        backward pass leaves its gradients in the same memory every time, where the next part would overwrite what it should be added to."""
         settings, accelerator, config = self.settings, self.accelerator, self.cache.config
-        if settings.cuda_graphs and not settings.compile and accelerator.device.type == "cuda" and accelerator.num_processes == 1:
-            crops = self.sampler.batch_size // settings.accumulate
-            replayed(self.network, torch.zeros(crops, 1, config.n_mels, config.window_frames, device=accelerator.device))
+        alone = accelerator.device.type == "cuda" and accelerator.num_processes == 1 and settings.accumulate == 1
+        if settings.cuda_graphs and not settings.compile and alone:
+            replayed(self.network, torch.zeros(self.sampler.batch_size, 1, config.n_mels, config.window_frames, device=accelerator.device))
 
     def epoch(self, epoch: int, batches: Iterator[dict[str, Tensor]]) -> float:
         """Trains on the next epoch's batches and returns the mean loss. Every draw follows from (seed, epoch, part, process)."""
@@ -215,6 +226,12 @@ class FoldTraining:
                             f"or set --precision fp32, and look at the batch's recordings: {names}")
         return value
 
+    def require_finite(self, epoch: int) -> None:
+        """Raises UserError where an update has left weights that are no numbers, before they reach a checkpoint."""
+        if not torch.nn.utils.get_total_norm(self.model.parameters()).isfinite():
+            raise UserError(f"the weights are no finite numbers after epoch {epoch + 1}; nothing of this epoch is saved. Lower --learning-rate "
+                            "or set --precision fp32")
+
     # -------------------------------------------------------------------------------------- held-out recordings
 
     def predict(self, names: list[str], *, only_first: bool = False) -> np.ndarray:
@@ -242,7 +259,7 @@ class FoldTraining:
         for row in target.cpu().numpy()[:16]:
             titles.append(" + ".join(f"{self.classes[c]} {row[c]:.2f}" for c in np.argsort(-row)[:3] if row[c] > 0))
         plots.spectrogram_grid(self.folder / "first_batch.png", list(log_mel[:16, 0].cpu().numpy()), titles, self.cache.config,
-                               f"{self.settings.run.name}, fold {self.fold}: the first batch as the network sees it")
+                               f"{plots.plain(self.settings.run.name)}, fold {self.fold}: the first batch as the network sees it")
 
     def finish(self) -> None:
         """Out-of-fold predictions, golden windows, and the weights last: where they lie, the fold is done."""

@@ -122,7 +122,7 @@ def with_durations(metadata: Metadata) -> Metadata:
 def read_folds(file: Path | str) -> dict[str, int]:
     """filename -> fold; -1: always in training, -2: neither trained on nor scored. Raises UserError for a table of another form."""
     if not Path(file).exists():
-        raise UserError(f"{file} does not exist; make it with python -m src.folds --out {file}")
+        raise UserError(f"{file} does not exist; make it with python -m src.folds --data <the data> --out {file}")
     table = read_csv(file)
     if table.columns.tolist() != ["filename", "fold"] or not table.fold.str.fullmatch(r"-1|-2|\d+").all():
         raise UserError(f"{file}: not a fold table with the columns filename,fold; make it with python -m src.folds")
@@ -141,10 +141,14 @@ def main(argv: list[str] | None = None) -> None:
     say(f"{len(metadata.table)} recordings, {len(metadata.classes)} classes, {settings.n_folds} folds by {settings.strategy}")
     metadata = with_durations(metadata)
     table = metadata.table
-    by_strategy = {
-        strategy: assign_folds(table, strategy=strategy, n_folds=settings.n_folds, seed=settings.seed)
-        for strategy in STRATEGIES
-    }
+    by_strategy = {}
+    for strategy in STRATEGIES:
+        try:
+            by_strategy[strategy] = assign_folds(table, strategy=strategy, n_folds=settings.n_folds, seed=settings.seed)
+        except UserError as error:
+            if strategy == settings.strategy:
+                raise
+            say(f"the audit lacks the strategy {strategy}: {error}")
     text = pd.DataFrame({"filename": table.filename, "fold": by_strategy[settings.strategy]}).to_csv(
         index=False, lineterminator="\n")
     if out.exists() and out.read_text(encoding="utf-8") != text and not settings.overwrite:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -16,6 +17,7 @@ from scipy.sparse.csgraph import connected_components
 
 from .console import UserError, say
 
+ARCHIVE_ID = r"(XC|iNat|CSA|ML)\d+"  # xeno-canto, iNaturalist, Colección de Sonidos Ambientales, Macaulay Library
 REQUIRED = ("primary_label", "secondary_labels", "author", "filename")
 SecondaryLabels = Literal["ignore", "mask", "soft", "hard"]
 
@@ -25,8 +27,8 @@ class Metadata:
     """The recordings of one or several data folders.
 
     table, one row a recording: filename (the key), path (of the audio), primary_label, secondary_labels (tuple),
-    author, rating and duration_s (NaN where the table has none), recording_id, is_extra (from a further folder:
-    always in training), copy_group (copies of one recording share a number).
+    author, rating and duration_s (NaN where the table has none), recording_id (an archive's, or the filename), is_extra
+    (from a further folder: always in training), copy_group (copies of one recording share a number).
     """
 
     table: pd.DataFrame
@@ -112,8 +114,14 @@ def _check(raw: pd.DataFrame, *, file: Path, audio: Path, unlabelled_allowed: bo
         "author": raw.author.str.strip(),
         "rating": number("rating"),
         "duration_s": number("duration_s"),
-        "recording_id": raw.filename.map(lambda name: PurePosixPath(name).stem),
+        "recording_id": raw.filename.map(_recording_id),
     })
+
+
+def _recording_id(name: str) -> str:
+    """An archive's number, under whatever folder; else the whole name, since many folders hold a 0001.wav."""
+    stem = PurePosixPath(name).stem
+    return stem if re.fullmatch(ARCHIVE_ID, stem) else name
 
 
 def _stays_inside(name: str) -> bool:

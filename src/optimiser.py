@@ -12,8 +12,9 @@ from .train_settings import TrainSettings
 
 
 def learning_rate_at(step: int, settings: TrainSettings, steps_per_epoch: int) -> float:
-    """Linear warm-up, then a cosine to 0 (Loshchilov & Hutter 2017), by optimiser step."""
-    warmup, total = round(settings.warmup_epochs * steps_per_epoch), settings.epochs * steps_per_epoch
+    """Linear warm-up, over at most half of the steps, then a cosine to 0 (Loshchilov & Hutter 2017), by optimiser step."""
+    total = settings.epochs * steps_per_epoch
+    warmup = min(round(settings.warmup_epochs * steps_per_epoch), total // 2)
     if step < warmup:
         return settings.learning_rate * (step + 1) / warmup
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

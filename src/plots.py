@@ -59,7 +59,7 @@ def spectrogram_grid(path: Path, log_mels: Sequence[np.ndarray], titles: Sequenc
     save(figure, path)
 
 
-def curves(path: Path, history: pd.DataFrame, heading: str) -> None:
+def curves(path: Path, history: pd.DataFrame, heading: str, loss_name: str) -> None:
     """Loss, held-out scores and learning rate over the epochs."""
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     figure.suptitle(heading)
@@ -67,7 +67,7 @@ def curves(path: Path, history: pd.DataFrame, heading: str) -> None:
     validated = history.dropna(subset="valid_loss")
     loss.plot(history.epoch, history.train_loss, label="training (augmented)")
     loss.plot(validated.epoch, validated.valid_loss, marker=".", label="held out")
-    loss.set(xlabel="epoch", title="binary cross-entropy", yscale="log")
+    loss.set(xlabel="epoch", title=f"loss (training: {loss_name}, held out: bce)", yscale="log")
     scores.plot(validated.epoch, validated.valid_top1, marker=".", label="top-1")
     scores.plot(validated.epoch, validated.valid_macro_ap, marker=".", label="macro AP")
     scores.set(xlabel="epoch", title="held out, first window of each recording", ylim=(0, 1))

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         if settings:
             say(f"src.{file.removesuffix('.yaml')} will take from {out / file}: {', '.join(f'{key} {value}' for key, value in settings.items())}")
     split = f"its folds are {' and '.join(str(out / file) for file in data.folds)}" if data.folds else \
-        f"next: python -m src.folds --data {out} --out folds/{options.name}.csv"
+        f"next: python -m src.folds --data {out}"
     say(f"wrote {out}: {len(data.recordings)} recordings of {data.recordings.primary_label.nunique()} classes; {split}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -23,8 +24,10 @@ def comparable(config: dict, *, between_folds: bool = False) -> dict:
     if init and init["recipe_sha256"] and between_folds:
         init = {"recipe_sha256": init["recipe_sha256"]}
     settings = {key: value for key, value in config["settings"].items() if key not in ELSEWHERE}
+    settings["noise"] = "some" if config["settings"].get("noise") else "none"  # its folder may have moved
+    own = {} if between_folds else {"recordings": config.get("recordings", {})}  # another split or other labels are another training
     return {"settings": settings, "audio": config["audio"], "classes": " ".join(config["classes"]),
-            "soft_labels_sha256": config.get("soft_labels_sha256"), "init": init}
+            "soft_labels_sha256": config.get("soft_labels_sha256"), "init": init, **own}
 
 
 def read_config(folder: Path) -> dict:
@@ -37,6 +40,12 @@ def read_config(folder: Path) -> dict:
         raise UserError(f"{folder} holds no config.yaml: no fold was trained there; see python -m src.train") from None
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'config.yaml'} is damaged: {error}") from error
+
+
+def fold_folders(run: Path) -> list[Path]:
+    """A run's finished folds, in the order of their numbers; a fold3_backup is none."""
+    finished = [folder for folder in run.glob("fold*") if re.fullmatch(r"fold\d+", folder.name) and (folder / "weights.safetensors").exists()]
+    return sorted(finished, key=lambda folder: int(folder.name[4:]))
 
 
 def versions() -> dict[str, str]:

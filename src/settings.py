@@ -31,7 +31,7 @@ def parse(cls: type[T], argv: list[str] | None, *, prog: str, description: str, 
 
 
 def _parse(cls: type[T], argv: list[str], prog: str, description: str) -> T:
-    argv = list(argv)
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     defaults = flatten(cls())
     recipe: dict[str, Any] = {}
     while "--config" in argv:
@@ -40,6 +40,11 @@ def _parse(cls: type[T], argv: list[str], prog: str, description: str) -> T:
             raise UserError("--config needs a file")
         recipe |= read_recipe(argv[place + 1], defaults)
         del argv[place : place + 2]
+    for key in (key for key, value in defaults.items() if isinstance(value, bool)):  # tyro knows only the flag that changes the default
+        for flag, value in ((key.replace("_", "-"), True), ("no-" + key.replace("_", "-"), False)):
+            if "--" + flag in argv:
+                argv.remove("--" + flag)
+                recipe[key] = value
     given = {word.split("=")[0] for word in argv}
     words: list[str] = []
     for key, value in recipe.items():

@@ -59,13 +59,23 @@ def located(settings: TrainSettings) -> TrainSettings:
     return replace(settings, folds=folds, cache=settings.cache or cache_folder(settings.data[0]))
 
 
+def require_sensible(settings: TrainSettings) -> None:
+    """Raises UserError for a number that no training can have meant."""
+    for names, fits, words in ((("batch_size", "accumulate", "epochs", "validate_every"), lambda value: value >= 1, "at least 1"),
+                               (("train_share",), lambda value: 0 < value <= 1, "above 0 and at most 1"),
+                               (("learning_rate",), lambda value: value > 0, "above 0"),
+                               (("label_smoothing", "ema_decay"), lambda value: 0 <= value < 1, "at least 0 and below 1"),
+                               (("warmup_epochs", "weight_decay", "clip_gradient", "weight_noise"), lambda value: value >= 0, "not below 0"),
+                               (("soft_weight", "secondary_weight"), lambda value: 0 <= value <= 1, "between 0 and 1")):
+        for name in names:
+            if not fits(getattr(settings, name)):
+                raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: it is {words}")
+
+
 @stage
 def main(argv: list[str] | None = None) -> None:
     settings = located(parse(TrainSettings, argv, prog="python -m src.train", description=__doc__, of_data="train.yaml"))
-    if min(settings.batch_size, settings.accumulate, settings.epochs, settings.validate_every) < 1:
-        raise UserError("--batch-size, --accumulate, --epochs and --validate-every are at least 1")
-    if not 0 < settings.train_share <= 1:
-        raise UserError("--train-share is above 0 and at most 1")
+    require_sensible(settings)
     devices.keep_freed_memory()
     accelerator = devices.start(device=settings.device, precision=settings.precision, accumulate=settings.accumulate, threads=settings.threads)
     if settings.batch_size % (settings.accumulate * accelerator.num_processes):

@@ -45,6 +45,7 @@ class TrainSettings:
     learning_rate: float = 1e-3
     """At the end of the warm-up; a cosine takes it to 0."""
     warmup_epochs: float = 5.0
+    """At most half of the epochs."""
     weight_decay: float = 0.05
     """AdamW's, on weights of two or more dimensions."""
     clip_gradient: float = 1.0
@@ -71,7 +72,8 @@ class TrainSettings:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
     cuda_graphs: Annotated[bool, ON] = True
-    """On one GPU the network's passes are recorded once and replayed, since small networks are otherwise bound by their launches."""
+    """On one GPU the network's passes are recorded once and replayed, since small networks are otherwise bound by their launches.
+    Not under --accumulate, where they are launched one by one."""
     compile: bool = False
     """torch.compile: minutes at the start, for long trainings on a GPU."""
     train_share: float = 1.0

@@ -199,7 +199,7 @@ def test_background_noise_meets_its_snr_and_leaves_silence_alone(data, rng):
 
 def test_masks_are_bands_filled_with_the_mean(rng):
     crop = rng.integers(50, 200, (500, 128)).astype(np.uint8)
-    masking = SpecAugment(AugmentSettings(spec_augment_probability=1.0))
+    masking = SpecAugment(AugmentSettings(spec_augment_probability=1.0), 500, 128)
     seen = 0
     for _ in range(20):
         masked = masking(crop, rng)

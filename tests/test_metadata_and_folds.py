@@ -84,10 +84,12 @@ def test_targets_treat_secondary_labels_as_asked(tmp_path):
 
 def test_further_folders_leave_out_copies_and_unknown_species(tmp_path):
     (tmp_path / "main").mkdir(), (tmp_path / "extra").mkdir()
-    write(tmp_path / "main", [{"filename": "a/XC1.ogg"}, {"filename": "a/XC2.ogg"}])
-    write(tmp_path / "extra", [{"filename": "other/XC1.ogg"}, {"filename": "a/XC9.ogg"}, {"primary_label": "new", "filename": "n/XC3.ogg"}])
+    write(tmp_path / "main", [{"filename": "a/XC1.ogg"}, {"filename": "a/XC2.ogg"}, {"filename": "a/0001.wav"}])
+    write(tmp_path / "extra", [{"filename": "other/XC1.ogg"}, {"filename": "a/XC9.ogg"}, {"primary_label": "new", "filename": "n/XC3.ogg"},
+                               {"filename": "b/0001.wav"}, {"filename": "a/0001.wav"}])
     table = read_metadata([tmp_path / "main", tmp_path / "extra"]).table
-    assert table.filename[table.is_extra].tolist() == ["a/XC9.ogg"]
+    assert table.filename[table.is_extra].tolist() == ["a/XC9.ogg", "b/0001.wav"]  # a number is no archive's
+    assert table.copy_group.nunique() == len(table)
 
 
 def made_table(n: int = 300, seed: int = 0) -> pd.DataFrame:
@@ -134,7 +136,8 @@ def test_the_stage_repeats_its_bytes_and_refuses_to_replace_another_split(tmp_pa
     assert folds.main([*flags, "--seed", "7"]) == 1
     assert "--overwrite" in capsys.readouterr().err and (tmp_path / "f.csv").read_bytes() == first
     assert {p.name for p in tmp_path.iterdir()} == {"f.csv", "f.audit.md", "f.audit.png"}
-    assert folds.main([*flags[:-1], "5"]) == 1 and "only 3 recordists" in capsys.readouterr().err
+    assert folds.main([*flags[:-1], "5", "--strategy", "author"]) == 1 and "only 3 recordists" in capsys.readouterr().err
+    assert folds.main([*flags[:-1], "5", "--out", str(tmp_path / "g.csv")]) == 0 and "the audit lacks the strategy author" in capsys.readouterr().out
     (tmp_path / "bad.csv").write_text("filename,fold\nx,one\n")
     with pytest.raises(UserError, match="not a fold table"):
         read_folds(tmp_path / "bad.csv")

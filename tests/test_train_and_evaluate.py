@@ -1,3 +1,4 @@
+import signal
 import subprocess
 import sys
 import time
@@ -52,7 +53,7 @@ def test_killed_and_run_again_equals_the_uninterrupted_run(tmp_path, run, train_
         assert (folder / name).read_bytes() == (run / "fold0" / name).read_bytes(), name
 
 
-def test_finished_folds_are_skipped_and_changed_settings_refused(run, train_flags, capsys):
+def test_finished_folds_are_skipped_and_changed_settings_refused(run, train_flags, fold_table, capsys):
     flags = [*train_flags, "--run", str(run)]
     before = (run / "fold0/weights.safetensors").stat().st_mtime_ns
     assert train.main(flags) == 0 and "nothing to do" in capsys.readouterr().out
@@ -60,6 +61,29 @@ def test_finished_folds_are_skipped_and_changed_settings_refused(run, train_flag
     assert "settings.mixup_alpha: 0.4 -> 1.0" in capsys.readouterr().err
     assert (run / "fold0/weights.safetensors").stat().st_mtime_ns == before
     assert train.main([*flags, "--fold", "9"]) == 1 and "holds the folds 0, 1, 2" in capsys.readouterr().err
+    assert train.main([flag for flag in flags if flag != "--noise" and not flag.endswith("/noise")]) == 1
+    assert "settings.noise: some -> none" in capsys.readouterr().err
+    other = fold_table.with_name("other.csv")  # what is held out now was trained on
+    table = pd.read_csv(fold_table)
+    table.assign(fold=(table.fold + 1) % 3).to_csv(other, index=False)
+    assert train.main([*flags, "--folds", str(other)]) == 1 and "recordings.held_out_digest" in capsys.readouterr().err
+    for wrong in (["--learning-rate", "0"], ["--label-smoothing", "1"], ["--warmup-epochs", "-1"], ["--train-share", "1.5"], ["--epochs", "0"]):
+        assert train.main([*flags, *wrong]) == 1 and f"{wrong[0]} {wrong[1]}" in capsys.readouterr().err
+
+
+def test_one_process_a_fold_ctrl_c_ends_it_and_restart_begins_anew(tmp_path, train_flags, capsys):
+    flags = [*train_flags, "--run", str(tmp_path), "--epochs", "1000"]
+    process = subprocess.Popen([sys.executable, "-m", "src.train", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "epoch   1:" in line:
+            break
+    assert train.main(flags) == 1 and "is in use by another process" in capsys.readouterr().err
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130 and "the same command continues" in process.stderr.read()
+    assert (tmp_path / "fold0/checkpoint.safetensors").exists()
+    assert train.main([*flags, "--epochs", "1"]) == 1 and "settings.epochs: 1000 -> 1" in capsys.readouterr().err
+    assert train.main([*flags, "--epochs", "1", "--restart"]) == 0
+    assert len(pd.read_csv(tmp_path / "fold0/history.csv")) == 1 and not (tmp_path / "fold0/checkpoint.safetensors").exists()
 
 
 def test_a_loss_that_is_no_number_names_step_and_files(tmp_path, train_flags, capsys):
@@ -67,6 +91,10 @@ def test_a_loss_that_is_no_number_names_step_and_files(tmp_path, train_flags, ca
     error = capsys.readouterr().err
     assert "the loss is nan" in error and "step" in error and ".ogg" in error and "Traceback" not in error
     assert not (tmp_path / "fold0/weights.safetensors").exists()
+    one_step = ["--epochs", "1", "--batch-size", "12"]  # its only loss is that of the weights before the step
+    assert train.main([*train_flags, *one_step, "--run", str(tmp_path / "x"), "--learning-rate", "1e30", "--clip-gradient", "0", "--warmup-epochs", "0"]) == 1
+    assert "the weights are no finite numbers after epoch 1" in capsys.readouterr().err
+    assert not list((tmp_path / "x/fold0").glob("*.safetensors"))
 
 
 def test_a_run_s_config_runs_it_again(run, train_flags):
@@ -79,6 +107,9 @@ def test_recipes_are_read_flags_beat_them_and_unknown_keys_are_refused(tmp_path)
         parse(TrainSettings, ["--config", f"src/recipes/{recipe}.yaml"], prog="x", description="")
     paper = parse(TrainSettings, ["--config", "src/recipes/paper.yaml", "--epochs", "2"], prog="x", description="")
     assert (paper.batch_size, paper.learning_rate, paper.epochs, paper.network.asca.attn_patch) == (12, 5e-5, 2, 16)
+    (tmp_path / "own.yaml").write_text("compile: true\npictures: false\n")
+    own = parse(TrainSettings, [f"--config={tmp_path / 'own.yaml'}", "--no-compile", "--pictures"], prog="x", description="")
+    assert own == TrainSettings() != parse(TrainSettings, ["--config", str(tmp_path / "own.yaml")], prog="x", description="")
     (tmp_path / "bad.yaml").write_text("epoch: 3\n")
     with pytest.raises(UserError, match="unknown setting.*epoch"):
         parse(TrainSettings, ["--config", str(tmp_path / "bad.yaml")], prog="x", description="")
@@ -89,6 +120,7 @@ def test_learning_rate_warms_up_and_falls_along_a_cosine():
     settings = TrainSettings(epochs=10, warmup_epochs=2, learning_rate=1.0)
     rates = [learning_rate_at(step, settings, 5) for step in range(50)]
     assert rates[:10] == pytest.approx(np.arange(1, 11) / 10) and max(rates) == 1 and rates[-1] < 0.01
+    assert [learning_rate_at(step, TrainSettings(epochs=1, warmup_epochs=5, learning_rate=1.0), 4) for step in range(4)] == pytest.approx([0.5, 1, 1, 0.5])
     assert rates[30] == pytest.approx(0.5) and all(a >= b for a, b in zip(rates[10:], rates[11:]))
 
 

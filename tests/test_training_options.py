@@ -55,6 +55,11 @@ def test_a_batch_in_parts_is_one_step_and_the_average_is_what_is_kept(tmp_path, 
     assert train.main([*flags, "--run", str(tmp_path)]) == 0
     weights, _ = load_tensors(tmp_path / "fold0/weights.safetensors")
     assert weights["network.head.power"].shape == ()
+    without_batch_norm = [*flags, "--model", "ast_tiny", "--epochs", "1", "--mixup-probability", "0", "--ema-decay", "0", "--weight-noise", "0"]
+    for name, parts in (("whole", "1"), ("parts", "2")):
+        assert train.main([*without_batch_norm, "--accumulate", parts, "--run", str(tmp_path / name)]) == 0
+    whole, parts = (load_tensors(tmp_path / name / "fold0/weights.safetensors")[0] for name in ("whole", "parts"))
+    assert max(float((whole[key] - parts[key]).abs().max()) for key in whole) < 1e-4  # a wrong gradient moves AdamW by its rate, 1e-3
     assert train.main([*train_flags, "--run", str(tmp_path / "x"), "--accumulate", "4"]) == 1 and "multiple of 4" in capsys.readouterr().err
     assert train.main([*train_flags, "--run", str(tmp_path / "x"), "--precision", "fp16"]) == 1 and "needs a GPU" in capsys.readouterr().err
 
@@ -122,6 +127,11 @@ def test_soft_labels_enter_out_of_fold_only(tmp_path, data, run, train_flags, fo
     assert f"{12 + len(table)} recordings in training" in capsys.readouterr().out
     without = [flag for flag in flags if flag not in ("--soft-labels", str(soft))]
     assert train.main([*without, "--run", str(tmp_path / "student")]) == 1 and "soft_labels_sha256" in capsys.readouterr().err
+    other = tmp_path / "other"  # a teacher that has heard the further folder already, and is named first
+    assert train.main([*[flag for flag in flags if flag not in ("--soft-labels", str(soft))], "--fold", "all", "--run", str(other)]) == 0
+    capsys.readouterr()
+    assert distil.main(["--run", str(other), str(run), "--data", str(extra), "--cache", str(tmp_path / "cache"), "--out", str(soft) + "2"]) == 1
+    assert "no recording there is new to the teachers" in capsys.readouterr().err
     leaky = pd.read_csv(soft, dtype=str)
     leaky.loc[0, "source"] = str((int(leaky.source[0]) + 1) % 3)  # a model that was trained on this recording
     leaky.to_csv(soft, index=False)

@@ -53,6 +53,8 @@ def write(data: DataSet, out: Path) -> list[str]:
     for file, settings in (("cache.yaml", data.cache), ("train.yaml", data.train)):
         if settings:
             write_text(out / file, yaml.safe_dump(settings, sort_keys=False))
+        else:  # of what lay here before
+            (out / file).unlink(missing_ok=True)
     write_table(out / "train_metadata.csv", data.recordings.reindex(columns=list(COLUMNS), fill_value=""))  # last: where it lies, the data set is whole
     return missing
 

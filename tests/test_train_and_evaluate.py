@@ -67,7 +67,7 @@ def test_finished_folds_are_skipped_and_changed_settings_refused(run, train_flag
     table = pd.read_csv(fold_table)
     table.assign(fold=(table.fold + 1) % 3).to_csv(other, index=False)
     assert train.main([*flags, "--folds", str(other)]) == 1 and "recordings.held_out_digest" in capsys.readouterr().err
-    for wrong in (["--learning-rate", "0"], ["--label-smoothing", "1"], ["--warmup-epochs", "-1"], ["--train-share", "1.5"], ["--epochs", "0"]):
+    for wrong in (["--learning-rate", "-1.0"], ["--label-smoothing", "1"], ["--warmup-epochs", "-1"], ["--train-share", "1.5"], ["--epochs", "0"]):
         assert train.main([*flags, *wrong]) == 1 and f"{wrong[0]} {wrong[1]}" in capsys.readouterr().err
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -131,12 +132,18 @@ def _encode(job: tuple[str, str, AudioConfig]) -> tuple[bytes, str, int, int]:
 
 
 def _encode_all(jobs: Sequence[tuple], workers: int) -> Iterator[tuple[bytes, str, int, int]]:
-    """The jobs' results, in their order, from `workers` processes."""
+    """The jobs' results, in their order, from `workers` processes. Raises UserError where one of them dies."""
     if workers <= 1:
         yield from map(_encode, jobs)
         return
-    with multiprocessing.Pool(workers, initializer=_ignore_interrupts) as pool:
-        yield from pool.imap(_encode, jobs, chunksize=4)
+    pool = ProcessPoolExecutor(workers, initializer=_ignore_interrupts)
+    try:
+        yield from pool.map(_encode, jobs, chunksize=4)
+    except BrokenProcessPool:
+        raise UserError("a worker process was killed, as the system does where memory runs out; what is cached is kept: "
+                        "the same command with fewer --workers continues") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _ignore_interrupts() -> None:

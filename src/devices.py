@@ -74,7 +74,8 @@ def choose_device(name: str) -> torch.device:
 
 def loader_workers(wanted: int, *, on_gpu: bool, processes: int = 1) -> int:
     """Loader processes of each training process: what is wanted, or where that is -1 none on a CPU, one a core (at most 16) beside a GPU."""
-    return wanted if wanted >= 0 else min(16, max(1, (os.cpu_count() or 1) // processes)) if on_gpu else 0
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # of them on this machine
+    return wanted if wanted >= 0 else min(16, max(1, (os.cpu_count() or 1) // here)) if on_gpu else 0
 
 
 class Later:

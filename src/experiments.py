@@ -111,6 +111,8 @@ def open_data(settings: ExperimentSettings, folder: Path, noise: Path | None, n_
         raise UserError(f"{folder} could not be cached")
     cache = Cache(settings.cache / name)
     belongs = [sorted(read_folds(folds).items()), cache.config.to_dict(), sorted(cache.damaged)]
+    if (folder / "train.yaml").exists():
+        belongs.append((folder / "train.yaml").read_text(encoding="utf-8"))
     numbers = sorted({fold for fold in read_folds(folds).values() if fold >= 0})
     return DataSet(name, folder, folds, settings.cache / name, noise, tuple(numbers[: n_folds or None]),
                    hashlib.sha256(json.dumps(belongs).encode()).hexdigest()[:10])

@@ -1,3 +1,4 @@
+import os
 import pickle
 import signal
 import subprocess
@@ -73,6 +74,23 @@ def test_killed_and_run_again_gives_the_same_cache(tmp_path):
     assert kill >= 1, "the cache was built before it could be killed"
     assert cache.main([*flags, "--out", str(out)]) == 0
     assert bytes_of(out) == bytes_of(tmp_path / "whole")
+
+
+def test_a_worker_that_the_system_kills_ends_the_stage_and_costs_nothing(tmp_path, data, cached, monkeypatch, capsys):
+    flags, read_blocks, here = ["--data", str(data), "--out", str(tmp_path), "--workers", "2"], audio.read_blocks, os.getpid()
+    last = sorted((data / "train_audio").rglob("*.ogg"))[-1]
+
+    def killed(path, rate):
+        if str(path) == str(last) and os.getpid() != here:
+            time.sleep(0.5)  # until the others are done
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read_blocks(path, rate)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(audio, "read_blocks", killed)
+        assert cache.main(flags) == 1 and "a worker process was killed" in capsys.readouterr().err
+    assert cache.main(flags) == 0 and "continuing" in capsys.readouterr().out
+    assert (tmp_path / "log_mels.u8").read_bytes() == (cached / "log_mels.u8").read_bytes()
 
 
 def test_another_recipe_and_changed_bytes_are_refused(tmp_path, data, capsys):

@@ -130,6 +130,8 @@ def test_esc10_keeps_its_folds_and_trains(tmp_path, capsys):
     assert sorted(folds.values()) == [0, 0, 1, 1, 2, 2] and folds["2-1-A-1.wav"] == 1
     flags = ["--data", str(out), "--folds", str(out / "folds.csv"), "--cache", str(tmp_path / "cache"), "--run", str(tmp_path / "run")]
     assert train.main([*flags, "--model", "asca_test", "--input-side", "64", "--epochs", "1", "--fold", "0", "--threads", "1"]) == 0
+    (source / "meta/esc50.csv").write_text("filename,fold,category\n" + "".join(f"{n}.wav,1,c{n}\n" for n in range(11)))
+    assert prepare.main(["esc10", str(source), "--out", str(tmp_path / "x")]) == 1 and "no column esc10" in capsys.readouterr().err
     assert prepare.main(["esc50", str(tmp_path), "--out", str(tmp_path / "x")]) == 1 and "no copy of" in capsys.readouterr().err
 
 

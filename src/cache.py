@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ import pandas as pd
 
 from . import audio
 from .config import AudioConfig, differences
-from .console import UserError, progress, say, stage
+from .console import UserError, begin_worker, progress, say, stage
 from .metadata import read_csv, read_metadata
 from .settings import parse
 from .storage import owned, safe_cell, sha256, sync_folder, write_json, write_table, write_text
@@ -136,7 +135,7 @@ def _encode_all(jobs: Sequence[tuple], workers: int) -> Iterator[tuple[bytes, st
     if workers <= 1:
         yield from map(_encode, jobs)
         return
-    pool = ProcessPoolExecutor(workers, initializer=_ignore_interrupts)
+    pool = ProcessPoolExecutor(workers, initializer=begin_worker)
     try:
         yield from pool.map(_encode, jobs, chunksize=4)
     except BrokenProcessPool:
@@ -144,11 +143,6 @@ def _encode_all(jobs: Sequence[tuple], workers: int) -> Iterator[tuple[bytes, st
                         "the same command with fewer --workers continues") from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def build(table: pd.DataFrame, out: Path, config: AudioConfig, *, workers: int, restart: bool = False) -> Cache:

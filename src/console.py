@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -41,6 +43,18 @@ def stage(main: Callable[..., int | None]) -> Callable[..., int]:
 
 def _interrupt(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt(signum)
+
+
+def begin_worker() -> None:
+    """A worker process's first act: Ctrl-C is the main process's to handle, and its end, however sudden, is this one's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def is_first_process() -> bool:

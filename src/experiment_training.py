@@ -7,8 +7,6 @@ import functools
 import gc
 import json
 import multiprocessing
-import os
-import signal
 import threading
 import traceback
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -22,6 +20,7 @@ from tqdm import tqdm
 
 from . import metrics, train
 from .config import AudioConfig
+from .console import begin_worker
 from .evaluate import read_oof, truth_of
 from .experiment_results import Cell, packed
 from .metadata import read_metadata
@@ -63,16 +62,10 @@ class Job:
 
 
 def begin() -> None:
-    """A worker's first act: Ctrl-C is the main process's to handle, its death is this one's end, and a loader's processes start as usual here."""
+    """A worker's first act; a loader's processes start as usual here."""
+    begin_worker()
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # not spawned because this one was
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a worker that is ended would leave behind
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def train_and_score(job: Job) -> dict | None:

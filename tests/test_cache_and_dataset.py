@@ -71,6 +71,10 @@ def test_killed_and_run_again_gives_the_same_cache(tmp_path):
         if process.returncode == 0:
             break
         assert not (out / "cache.json").exists()
+        until = time.monotonic() + 10
+        while (left := subprocess.run(["pgrep", "-f", str(out)], stdout=subprocess.DEVNULL).returncode == 0) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not left, "a worker has outlived the stage"
     assert kill >= 1, "the cache was built before it could be killed"
     assert cache.main([*flags, "--out", str(out)]) == 0
     assert bytes_of(out) == bytes_of(tmp_path / "whole")

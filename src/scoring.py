@@ -95,11 +95,13 @@ def score(soundscapes: list[Soundscape], ensemble: Ensemble, *, batch_size: int,
     """Every soundscape's rows, in order. When the time is up, the rest hold the prior and say so as their fault."""
     guard, n_done, told = ensemble.guard, 0, not ensemble.guard.limited
     batches = ahead(decode(soundscapes, ensemble.starts, batch_size, overviews=overviews), guard.left)
-    total = guard.rows_left
+    total, scored = guard.rows_left, 0.0  # the latter: rows' worth of the present soundscape
     with halting(guard, ensemble.halt), progress(what="scoring", total=round(total), unit="row") as bar, closing(batches):
         for number, config, windows in batches:
             soundscape = soundscapes[number]
             if config is None:
+                guard.give_up(soundscape.n_rows - scored if soundscape.starts else 0)  # one without a header was never counted
+                scored = 0.0
                 yield ensemble.rows(number, soundscape, complete=True)
                 n_done += 1
                 if not told and guard.measured() and guard.rows_left:
@@ -109,8 +111,9 @@ def score(soundscapes: list[Soundscape], ensemble: Ensemble, *, batch_size: int,
                 continue
             if not ensemble.run(config, windows):
                 break
-            first = config == ensemble.models[0].audio
-            guard.rows_done(soundscape.n_rows * len(windows) / len(soundscape.starts[config]) if first else 0)
+            rows = soundscape.n_rows * len(windows) / len(soundscape.starts[config]) if config == ensemble.models[0].audio else 0
+            guard.rows_done(rows)
+            scored += rows
             bar.update(round(total - guard.rows_left) - bar.n)
             before = guard.forecast(guard.plan)
             if guard.revise():

@@ -3,6 +3,7 @@ import subprocess
 import numpy as np
 import pandas as pd
 import pytest
+import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,7 +11,7 @@ from benchmarks.deadline import CLASSES, PRIOR, limited, slow_model, verdict
 from src import infer, submission
 from src.deadline import Guard, Plan
 from src.metadata import read_csv
-from tests.conftest import make_soundscape
+from tests.conftest import make_soundscape, waveform
 
 
 class Work:
@@ -113,6 +114,25 @@ def test_a_killed_run_leaves_a_valid_submission(slow):
     process.wait()
     process.stdout.close()
     assert verdict(slow)[0]
+
+
+def test_rows_that_a_cut_file_does_not_reach_leave_the_forecast(slow, tmp_path):
+    from src.onnx_models import find_models
+    from src.scoring import Ensemble, score
+    from src.soundscapes import find_soundscapes
+
+    soundfile.write(tmp_path / "cut.mp3", waveform(60), 32_000)
+    content = (tmp_path / "cut.mp3").read_bytes()
+    (tmp_path / "cut.mp3").write_bytes(content[: len(content) // 3])
+    (tmp_path / "none.wav").write_bytes(b"")
+    make_soundscape(tmp_path / "whole.ogg", 20.0)
+    found, (model, *_) = find_soundscapes(tmp_path, 60), find_models([slow / "run"], 1)
+    guard, left = Guard(None, hop_seconds=5.0, full_hop_seconds=5.0, n_models=1, n_rows=12 + 4), []
+    for result in score(found, Ensemble([model], CLASSES, guard), batch_size=8):
+        left.append(round(guard.rows_left, 3))
+        assert result.known.tolist() == {0: [True] * 4 + [False] * 8, 1: [False] * 12, 2: [True] * 4}[result.number]
+        assert np.allclose(result.probability[~result.known], PRIOR)
+    assert left == [4, 4, 0]
 
 
 def test_dropped_members_count_no_more_and_the_others_as_before(slow):

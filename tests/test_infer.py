@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 
 from src import audio, cache, export, infer, onnx_models, submission, timeline, train
 from src.config import AudioConfig
+from src.console import UserError
 from src.metadata import read_csv
+from src.soundscapes import WindowStream, find_soundscapes
 from tests.conftest import make_soundscape, waveform
 
 
@@ -109,6 +112,34 @@ def test_damaged_soundscapes_get_the_prior_and_leave_the_others_alone(tmp_path, 
     assert (table.index.str.startswith("empty_")).sum() == 4
     np.testing.assert_allclose(table.loc["empty_5"].to_numpy(), prior, atol=1e-6)
     assert "5 damaged soundscape(s)" in capsys.readouterr().out
+
+
+def test_a_header_that_promises_hours_costs_no_memory():
+    config, sound, starts = AudioConfig(), waveform(12), submission.window_starts(7200, 5.0, 2.5)
+    honest, boastful = (WindowStream(config, at) for at in (starts[:5], starts))
+    windows, first = boastful.push(sound) + boastful.finish(), honest.push(sound) + honest.finish()
+    assert len(first) == 5 and len(windows) == 7, "all that begin less than a row behind the end"
+    np.testing.assert_array_equal(windows[:5], first)
+
+
+def test_names_that_are_no_text_are_refused_before_any_work(tmp_path):
+    try:
+        (tmp_path / os.fsdecode(b"caf\xe9.wav")).touch()
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    with pytest.raises(UserError, match=r"caf\\udce9.wav.*is not UTF-8.*rename"):
+        find_soundscapes(tmp_path, 60)
+
+
+def test_linked_folders_are_entered_once(tmp_path):
+    season, card = tmp_path / "season", tmp_path / "card"
+    for path in (season / "day/a.wav", season / ".trash/b.wav", card / "c.wav", card / "deep/d.wav"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, waveform(1), 32_000)
+    for link, to in ((season / "card", card), (season / "card again", card), (season / "a day", season / "day"), (card / "loop", season), (card / "own", card)):
+        link.symlink_to(to, target_is_directory=True)
+    assert [s.name for s in find_soundscapes(season, 60, recursive=True)] == ["card/c", "card/deep/d", "day/a"]
+    assert find_soundscapes(season, 60) == []
 
 
 def test_empty_and_missing_folders(tmp_path, run, capsys):

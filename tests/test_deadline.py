@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.deadline import CLASSES, PRIOR, limited, slow_model, verdict
-from src import infer, submission
+from src import infer, submission, timeline
 from src.deadline import Guard, Plan
 from src.metadata import read_csv
 from tests.conftest import make_soundscape, waveform
@@ -105,6 +105,8 @@ def test_a_competition_sets_the_expected_length_and_the_limit(slow, tmp_path, ca
                                 (["--competition", "birdclef-2024", "--time-limit", "0"], 48, False)):
         assert infer.main([*flags, *more]) == 0 and ("filled with the prior" in capsys.readouterr().out) == prior_first
         assert read_csv(tmp_path / "s.csv").row_id.tolist() == [f"BC2026_Test_0001_S05_20250227_010002_{5 * k}" for k in range(1, rows + 1)]
+        drawn = timeline.main(["--submission", str(tmp_path / "s.csv"), *flags[2:4], "--out", str(tmp_path), *more[:2]])
+        assert drawn == 0 and (tmp_path / "BC2026_Test_0001_S05_20250227_010002.png").exists()
 
 
 def test_a_killed_run_leaves_a_valid_submission(slow):

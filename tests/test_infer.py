@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,11 +14,12 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src import audio, cache, export, infer, onnx_models, submission, timeline, train
+from src import audio, cache, checkpoint, export, infer, onnx_models, submission, timeline, train
 from src.config import AudioConfig
 from src.console import UserError
 from src.metadata import read_csv
 from src.soundscapes import WindowStream, find_soundscapes
+from src.storage import sha256
 from tests.conftest import make_soundscape, waveform
 
 
@@ -169,9 +171,24 @@ def test_a_changed_model_is_refused_and_a_missing_one_exported(tmp_path, run, so
     path.write_bytes(content)
     assert infer.main(["--run", str(tmp_path / "run"), "--soundscapes", str(soundscapes), "--out", str(tmp_path / "s.csv")]) == 1
     assert "model.onnx is damaged" in capsys.readouterr().err
+    path.write_bytes(content[: len(content) // 2])  # what onnxruntime cannot even open
+    assert infer.main(["--run", str(tmp_path / "run"), "--soundscapes", str(soundscapes), "--out", str(tmp_path / "s.csv")]) == 1
+    assert "model.onnx is damaged" in capsys.readouterr().err and not (tmp_path / "s.csv").exists()
     path.unlink()
     score(tmp_path / "run", soundscapes, tmp_path / "s.csv")
     assert path.exists()
+
+
+def test_a_model_is_opened_once_and_exported_again_for_other_weights(tmp_path, run, monkeypatch):
+    fold = Path(shutil.copytree(run / "fold0", tmp_path / "run/fold0"))
+    opened, opens = [], onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *rest, **kw: opened.append(rest) or opens(*rest, **kw))
+    (model,) = onnx_models.find_models([tmp_path / "run"], threads=1)
+    assert len(opened) == 1 and model.weights_sha256 == sha256(fold / "weights.safetensors")
+    tensors, facts = checkpoint.load_tensors(fold / "weights.safetensors")
+    checkpoint.save_tensors(fold / "weights.safetensors", tensors, {**facts, "another": "fact"})
+    (again,) = onnx_models.find_models([tmp_path / "run"], threads=1)
+    assert model.weights_sha256 != again.weights_sha256 == sha256(fold / "weights.safetensors")
 
 
 def test_a_run_s_folds_stand_in_their_order(tmp_path, monkeypatch):

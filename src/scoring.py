@@ -18,7 +18,7 @@ from .deadline import Guard
 from .onnx_models import OnnxModel
 from .soundscapes import Soundscape, ahead, decode
 
-TIME_WAS_UP = "the time was up"
+TIME_WAS_UP, NOT_FINITE = "the time was up", "the model gave no finite number"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,10 @@ class Ensemble:
         total, count = np.zeros((n, len(self.prior)), np.float32), np.zeros((n, 1), np.float32)
         for model, batches in zip(self.models, self.pending):
             if batches:
-                of_model = submission.rows_from_windows(np.concatenate(batches), soundscape.starts[model.audio], model.audio.window_seconds, n, self.pooling)
+                probability = np.concatenate(batches)
+                if not np.isfinite(probability).all():
+                    soundscape.fault = soundscape.fault or NOT_FINITE
+                of_model = submission.rows_from_windows(probability, soundscape.starts[model.audio], model.audio.window_seconds, n, self.pooling)
                 reached = ~np.isnan(of_model[:, :1])
                 total, count = total + np.where(reached, of_model, 0), count + reached
         known = (count[:, 0] > 0) & (np.arange(n) * submission.ROW_SECONDS < soundscape.seconds_decoded)

@@ -116,6 +116,25 @@ def test_damaged_soundscapes_get_the_prior_and_leave_the_others_alone(tmp_path, 
     assert "5 damaged soundscape(s)" in capsys.readouterr().out
 
 
+def test_a_window_without_a_finite_number_costs_its_own_row_alone_and_is_listed(tmp_path, run, soundscapes, monkeypatch):
+    expected, probabilities = score(run, soundscapes, tmp_path / "a.csv"), onnx_models.OnnxModel.probabilities
+
+    def spoiled(*rest):
+        found = probabilities(*rest)
+        found[1:2] = np.nan
+        return found
+
+    monkeypatch.setattr(onnx_models.OnnxModel, "probabilities", spoiled)
+    table = score(run, soundscapes, tmp_path / "b.csv")
+    lost = ["a_1_10", "c_10"]
+    pd.testing.assert_frame_equal(table.drop(lost), expected.drop(lost), check_exact=True)
+    assert np.ptp(table.loc[lost].to_numpy(), axis=0).max() == 0 and (table.loc[lost] != expected.loc[lost]).any(axis=None), "the prior"
+    failures = read_csv(tmp_path / "b_failures.csv")
+    assert failures.filename.tolist() == ["a_1.ogg", "c.ogg"] and set(failures.cause) == {"the model gave no finite number"}
+    rows = submission.rows_from_windows(np.array([[0.2], [np.inf], [0.4]]), np.array([0.0, 2.5, 5.0]), 5.0, 2)
+    np.testing.assert_allclose(rows, [[0.2], [0.4]], rtol=1e-6)
+
+
 def test_a_header_that_promises_hours_costs_no_memory():
     config, sound, starts = AudioConfig(), waveform(12), submission.window_starts(7200, 5.0, 2.5)
     honest, boastful = (WindowStream(config, at) for at in (starts[:5], starts))
@@ -212,6 +231,19 @@ def test_inference_imports_no_training_library():
 def test_the_validator_finds_what_kaggle_would_not_take(tmp_path, text, message):
     (tmp_path / "s.csv").write_text(text)
     assert any(message in fault for fault in submission.check(tmp_path / "s.csv", classes=["a"]))
+
+
+def test_the_validator_reads_a_doubled_column_and_counts_over_a_long_file(tmp_path):
+    (tmp_path / "s.csv").write_text("row_id,a,a\nx_5,0.1,0.2\n")
+    assert submission.check(tmp_path / "s.csv") == ["1 column(s) stand there twice, a for one"]
+    rows = [f"x_{5 * k},0.1,{'2' if k in (1500, 2200) else '0.2'},{'' if k == 2400 else '0.3'}\n" for k in range(1, 2500)]
+    (tmp_path / "s.csv").write_text("row_id,a,b,c\n" + "".join(rows))
+    assert submission.check(tmp_path / "s.csv", ids=submission.row_ids("x", 2499)) == [
+        "2 value(s) of b outside [0, 1): '2' in row x_7500", "1 value(s) of c outside [0, 1): '' in row x_12000"]
+    (tmp_path / "s.csv").write_text("row_id,a\n")
+    assert submission.check(tmp_path / "s.csv", classes=["a"], ids=[]) == []
+    (tmp_path / "s.csv").write_bytes(b"row_id,a\nx_5,\xff\n")
+    assert "s.csv is not readable: " in submission.check(tmp_path / "s.csv")[0]
 
 
 def test_written_probabilities_stay_under_one(tmp_path):

@@ -180,6 +180,49 @@ def test_the_sample_s_columns_are_honoured_and_a_mismatch_stops(tmp_path, run, s
     sample.write_text("row_id,demowl1,demcuc1,other\n")
     assert infer.main(["--run", str(run), "--soundscapes", str(soundscapes), "--sample", str(sample), "--out", str(tmp_path / "c.csv")]) == 1
     assert "only in the sample ['other']" in capsys.readouterr().err and not (tmp_path / "c.csv").exists()
+    assert infer.main(["--run", str(run), "--soundscapes", str(soundscapes), "--sample", str(tmp_path / "typo.csv"), "--out", str(tmp_path / "c.csv")]) == 1
+    assert "typo.csv is not readable" in capsys.readouterr().err
+
+
+def test_an_interruption_leaves_a_whole_submission(tmp_path, run, soundscapes, monkeypatch):
+    finished, scoring = score(run, soundscapes, tmp_path / "a.csv"), infer.score
+
+    def one_and_no_more(*rest, **options):
+        results = scoring(*rest, **options)
+        yield next(results)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(infer, "score", one_and_no_more)
+    monkeypatch.setattr(submission.SubmissionFile, "write_if_due", submission.SubmissionFile.write)
+    assert infer.main(["--run", str(run), "--soundscapes", str(soundscapes), "--out", str(tmp_path / "b.csv"), "--threads", "1"]) == 130
+    assert infer.main(["--check", str(tmp_path / "b.csv"), "--soundscapes", str(soundscapes)]) == 0
+    table = pd.read_csv(tmp_path / "b.csv", index_col="row_id")
+    pd.testing.assert_frame_equal(table[:2], finished[:2], check_exact=True)
+    assert np.ptp(table[2:].to_numpy(), axis=0).max() == 0, "the prior"
+
+
+def test_the_output_s_place_is_known_to_work_before_scoring(tmp_path, run, soundscapes, capsys, monkeypatch):
+    flags = ["--run", str(run), "--soundscapes", str(soundscapes), "--threads", "1", "--format", "submission,csv"]
+    with monkeypatch.context() as patch:
+        patch.setattr(infer, "score", lambda *rest, **options: pytest.fail("scored for nothing"))
+        assert infer.main([*flags, "--out", str(tmp_path)]) == 1 and f"--out {tmp_path} is a folder" in capsys.readouterr().err
+        assert infer.main([*flags, "--out", str(tmp_path / "x"), "--tables", str(tmp_path / "x")]) == 1 and "cannot write" in capsys.readouterr().err
+    assert infer.main([*flags, "--out", str(tmp_path / "result")]) == 0
+    assert (tmp_path / "result").is_file() and (tmp_path / "result_tables/all_detections.csv").exists()
+    assert infer.main([*flags, "--out", str(tmp_path / "s.csv")]) == 0 and (tmp_path / "s/all_detections.csv").exists()
+
+
+def test_threads_are_those_that_the_process_may_use(tmp_path, run, soundscapes, capsys, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3}, raising=False)
+    assert infer.main(["--run", str(run), "--soundscapes", str(soundscapes), "--out", str(tmp_path / "s.csv")]) == 0
+    assert "on 1 CPU thread(s)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", ["--time-limit inf", "--time-limit nan", "--time-limit -1", "--started nan", "--threads -1", "--expected-seconds inf"])
+def test_numbers_that_mean_nothing_are_refused(flags, capsys):
+    assert infer.main(flags.split()) == 1
+    assert flags.split()[0] in capsys.readouterr().err.splitlines()[0]
 
 
 def test_a_changed_model_is_refused_and_a_missing_one_exported(tmp_path, run, soundscapes, capsys):

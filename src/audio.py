@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ SUFFIXES = (".ogg", ".oga", ".opus", ".wav", ".flac", ".mp3", ".aif", ".aiff")
 EPSILON = 1e-10  # added to the power: silence becomes -100 dB, not -inf
 BLOCK_FRAMES = 125  # spectrogram frames computed at once: their arrays stay in a core's cache and on the heap, which halves the time
 BLOCK_SECONDS = 2.0  # decoded at once: stays in the cache too
+UNKNOWN_SIZES = (range(0x7FFF0000, 0x80000001), range(0xFFFF0000, 0x100000000))  # in a WAV whose writer could not know its length: it was a pipe
 MIN_BYTES_PER_SECOND = 8  # a header that claims more audio than this per byte of file is damaged
 
 
@@ -66,13 +68,13 @@ def _cause(path: Path | str, error: Exception) -> str:
 
 def ogg_fault(path: Path | str) -> str:
     """What is wrong with an Ogg file's pages (RFC 3533), which Vorbis decodes around in silence: a wrong checksum, a page lost, doubled or
-    cut, no end of stream. "" where nothing is, and for other formats."""
+    cut, no end of stream, another stream behind it. "" where nothing is, and for other formats."""
     next_page: dict[int, int] = {}  # of each logical stream, by serial number
     with open(path, "rb") as file:
         if file.read(4) != b"OggS":
             return ""
         file.seek(0)
-        number, at_end = 0, False
+        number, at_end, begun = 0, False, False
         while header := file.read(27):
             if header[:4] != b"OggS":
                 return "" if at_end else f"damaged: no Ogg page follows page {number}"  # a tag behind the end is none of ours
@@ -83,9 +85,11 @@ def ogg_fault(path: Path | str) -> str:
             flags, serial, sequence, checksum = struct.unpack("<5xB8xIII1x", header)
             if _ogg_crc(header[:22] + bytes(4) + header[26:] + sizes + body) != checksum:
                 return f"damaged: the checksum of Ogg page {number + 1} is wrong"
+            if flags & 2 and begun:  # streams side by side all begin ahead of the first page of sound
+                return "chained: only the first of several streams decodes"
             if sequence != next_page.get(serial, sequence):
                 return f"damaged: Ogg page {number + 1} is not the one that follows page {number}"
-            next_page[serial], at_end, number = sequence + 1, bool(flags & 4), number + 1
+            next_page[serial], at_end, number, begun = sequence + 1, bool(flags & 4), number + 1, not flags & 2
     return "" if at_end else "truncated: the last Ogg page lacks the end-of-stream flag"
 
 
@@ -98,21 +102,50 @@ def _ogg_crc(page: bytes) -> int:
     return int(f"{crc:032b}"[::-1], 2)
 
 
+def wav_fault(path: Path | str) -> str:
+    """Whether a WAV's data chunk promises more than the file holds, which libsndfile passes over. "" where not, and for other formats."""
+    with open(path, "rb") as file:
+        riff = file.read(12)
+        if riff[:4] != b"RIFF" or riff[8:] != b"WAVE":
+            return ""
+        while len(chunk := file.read(8)) == 8:
+            name, size = struct.unpack("<4sI", chunk)
+            if name == b"data":
+                missing = file.tell() + size - os.path.getsize(path)
+                return f"truncated: the data chunk promises {missing} bytes more" if missing > 0 and not any(size in sizes for sizes in UNKNOWN_SIZES) else ""
+            file.seek(size + size % 2, os.SEEK_CUR)
+    return ""
+
+
+def mp3_fault(path: Path | str) -> str:
+    """Whether an MP3 lacks the frame that says how long it is, so that libsndfile guesses by the first bit rate and stops there.
+    "" where not, and for other formats. What decodes may still be all, so `read_blocks` does not ask."""
+    with open(path, "rb") as file:
+        while (tag := file.read(10))[:3] == b"ID3" and len(tag) == 10:
+            size = int.from_bytes(bytes(tag[6:]), "big")  # four times seven bits
+            file.seek(sum((size >> 8 * place & 127) << 7 * place for place in range(4)) + (10 if tag[5] & 16 else 0), os.SEEK_CUR)
+        first = tag + file.read(4096)
+    is_mp3 = len(first) > 2 and first[0] == 0xFF and first[1] >= 0xE0
+    return "MP3 without a length header: its end may be missing" if is_mp3 and not re.search(b"Xing|Info|VBRI", first) else ""
+
+
 def read_blocks(path: Path | str, sample_rate: int) -> Iterator[np.ndarray]:
     """Yields the file's waveform as float32 mono blocks at `sample_rate`, in bounded memory.
 
     Everything that decodes is yielded; then DamagedAudio is raised if the file raised, held fewer samples than
-    its header says, or has Ogg pages that are damaged or missing. Never decodes to int16: soundfile wraps Vorbis peaks over 1.0.
+    its header says, or has Ogg pages or bytes of a WAV that are damaged or missing. Never decodes to int16: soundfile wraps Vorbis peaks over 1.0.
     """
     header = read_header(path)
     resample = None
     if header.sample_rate != sample_rate:
         resample = soxr.ResampleStream(header.sample_rate, sample_rate, 1, dtype="float32", quality="HQ")
-    n_decoded, cause = 0, None
+    n_decoded, cause, skips_damage = 0, None, False
     try:
         with soundfile.SoundFile(path) as file:
-            while True:
-                block = file.read(round(BLOCK_SECONDS * header.sample_rate), dtype="float32", always_2d=True)
+            skips_damage = file.format in ("OGG", "MP3")
+            while cause is None:
+                block, error = _read(file, round(BLOCK_SECONDS * header.sample_rate))
+                cause = None if error is None else _cause(path, error)
                 n_decoded += len(block)
                 if not len(block):
                     break
@@ -123,10 +156,21 @@ def read_blocks(path: Path | str, sample_rate: int) -> Iterator[np.ndarray]:
         yield resample.resample_chunk(np.zeros(0, np.float32), last=True)
     if cause is None and n_decoded < header.n_samples:
         cause = f"only {n_decoded} of {header.n_samples} samples decode"
+        if skips_damage:  # these decoders go on behind a gap as if there were none
+            cause += f"; times behind the damage are up to {(header.n_samples - n_decoded) / header.sample_rate:.1f} s early"
     if cause is None:
-        cause = ogg_fault(path) or None
+        cause = ogg_fault(path) or wav_fault(path) or None
     if cause:
         raise DamagedAudio(cause)
+
+
+def _read(file: soundfile.SoundFile, n: int) -> tuple[np.ndarray, Exception | None]:
+    """The next n samples (n, channels), fewer at the end; where the decoder raises, those ahead of the damage, and the error."""
+    block = np.full((n, file.channels), np.nan, np.float32)
+    try:
+        return file.read(out=block), None
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        return block[: np.count_nonzero(~np.isnan(block[:, 0]))], error  # what was not decoded is still NaN
 
 
 def _clean(block: np.ndarray) -> np.ndarray:

@@ -13,6 +13,8 @@ from typing import Literal
 
 import numpy as np
 import soundfile
+from packaging.tags import Tag, compatible_tags, cpython_tags
+from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
 from . import competitions, demo_data, engines, golden, kaggle
 from .console import UserError, say, stage
@@ -45,7 +47,7 @@ class BundleSettings:
     title: str = "ASCA BirdCLEF"
     """The data set's; the notebook adds " submission". In lower case with hyphens it is the address."""
     competition: str = competitions.DEFAULT
-    """The year that the notebook is for; its time limit is written into it."""
+    """The year that the notebook is for; its name and its time limit are written into it."""
     licence: str = "other"
     """Of the data set, by Kaggle's names; `other` is what its description says."""
 
@@ -64,8 +66,11 @@ def sources(package: Path, entries: tuple[str, ...]) -> list[str]:
     return sorted(f"{name}.py" for name in found)
 
 
-def write_models(runs: tuple[Path, ...], out: Path, engine: Engine) -> None:
-    """Every fold's model.onnx, its digest and what a lossy precision needs beside it; what is not exported yet is exported first."""
+def write_models(runs: tuple[Path, ...], out: Path, engine: Engine) -> list[str]:
+    """Every fold's model.onnx, its digest and what a lossy precision needs beside it; what is not exported yet is exported first.
+
+    Returns the runs' names, in their order.
+    """
     names = [run.resolve().name for run in runs]
     if not names:
         raise UserError("--run names no run")
@@ -82,6 +87,7 @@ def write_models(runs: tuple[Path, ...], out: Path, engine: Engine) -> None:
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copy)
     find_models([out / name for name in names], threads=1)  # the copies open, and all know the same species
+    return names
 
 
 def write_golden(folder: Path, runs: list[str]) -> None:
@@ -97,8 +103,24 @@ def write_golden(folder: Path, runs: list[str]) -> None:
     table.to_csv(folder / golden.SUBMISSION, float_format="%.9g", lineterminator="\n")
 
 
+def kaggle_tags() -> frozenset[Tag]:
+    """What a wheel may be built for to be installed by Kaggle's Python."""
+    python, newest = tuple(map(int, KAGGLE_PYTHON.split("."))), int(PLATFORM.split("_")[2])
+    platforms = [*(f"manylinux_2_{glibc}_x86_64" for glibc in range(newest, 4, -1)), "manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64",
+                 "linux_x86_64"]
+    interpreter = "cp" + KAGGLE_PYTHON.replace(".", "")
+    return frozenset([*cpython_tags(python, [interpreter], platforms), *compatible_tags(python, interpreter, platforms)])
+
+
 def write_wheels(wheels: Path, out: Path, engine: Engine) -> None:
-    files = sorted(wheels.glob("*.whl"))
+    files, tags = sorted(wheels.glob("*.whl")), kaggle_tags()
+    for file in files:
+        try:
+            fits = not tags.isdisjoint(parse_wheel_filename(file.name)[3])
+        except InvalidWheelFilename:
+            fits = False
+        if not fits:
+            raise UserError(f"--wheels: {file} is none for Kaggle's Python {KAGGLE_PYTHON} and {PLATFORM}; delete it and run: {download_command(engine)}")
     for start in ("onnxruntime-", *([f"openvino-{version('openvino')}-"] if engine.lossy else [])):  # a verdict holds for one version
         if not any(file.name.startswith(start) for file in files):
             raise UserError(f"--wheels {wheels} holds no wheel of {start[:-1]}; download it with: {download_command(engine)}")
@@ -113,9 +135,10 @@ def download_command(engine: Engine) -> str:
     return f"pip download {packages} --python-version {KAGGLE_PYTHON} --only-binary=:all: --platform {PLATFORM} --no-deps -d input/wheels"
 
 
-def write_notebook(out: Path, limit: float) -> None:
-    """The notebook, with the minutes that a competition's limit leaves it."""
-    text = (ROOT / "notebooks" / NOTEBOOK).read_text(encoding="utf-8")
+def write_notebook(out: Path, competition: str) -> None:
+    """The notebook, with the competition's name and the minutes that its limit leaves."""
+    text, limit = (ROOT / "notebooks" / NOTEBOOK).read_text(encoding="utf-8"), competitions.competition(competition).cpu_minutes
+    text = text.replace(f'year = \\"{competitions.DEFAULT}\\"', f'year = \\"{competition}\\"')
     write_text(out / NOTEBOOK, re.sub(r"minutes = \d+  # of the \d+", f"minutes = {limit - RESERVE_MINUTES:g}  # of the {limit:g}", text))
 
 
@@ -156,9 +179,8 @@ def build(settings: BundleSettings, engine: Engine, out: Path) -> int:
     for name in sources(ROOT / "src", ENTRIES):
         shutil.copyfile(ROOT / "src" / name, out / "src" / name)
     shutil.copyfile(ROOT / "LICENSE", out / "LICENSE")
-    write_notebook(out, competitions.competition(settings.competition).cpu_minutes)
-    write_models(settings.run, out / "runs", engine)
-    write_json(out / kaggle.SETTINGS, {"precision": settings.precision})
+    write_notebook(out, settings.competition)
+    write_json(out / kaggle.SETTINGS, {"precision": settings.precision, "runs": write_models(settings.run, out / "runs", engine)})
     write_golden(out / "golden", kaggle.runs(out))
     if settings.wheels:
         write_wheels(settings.wheels, out / "wheels", engine)

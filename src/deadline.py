@@ -81,6 +81,10 @@ class Guard:
             self.rows_left = max(0.0, self.rows_left - rows)
             self._last, self._in_models = now, 0.0
 
+    def give_up(self, rows: float) -> None:
+        """Rows that nobody will score, since their file ended before them."""
+        self.rows_left = max(0.0, self.rows_left - rows)
+
     def forecast(self, plan: Plan) -> float:
         """Seconds that the rows left will take."""
         windows = (self.full_hop_seconds / self.hop_of(model, plan) for model in range(plan.n_models))  # a row

@@ -169,13 +169,13 @@ class DetectionTables:
         self._held.close()
 
     def _read_journal(self) -> dict[str, dict]:
+        """The recordings that are done; a line that is damaged, the torn last one for instance, costs its own recording alone."""
         journal = self.folder / JOURNAL
-        lines = journal.read_text(encoding="utf-8").split("\n")[:-1] if journal.exists() else []  # drops a torn last line
-        try:
-            recipe, *entries = map(json.loads, lines)
-            entries = {entry["file"]: entry for entry in entries}
-        except (ValueError, KeyError, TypeError):
+        lines = journal.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if journal.exists() else []
+        recipe, *records = map(_record, lines or [""])
+        if not recipe:
             return {}
+        entries = {record["file"]: record for record in records if record.keys() >= {"file", "seconds_decoded", "fault"}}
         changed = differences(recipe, self.recipe)
         if changed:
             raise UserError(f"{self.folder} holds detections of other settings ({'; '.join(changed[:5])}{'; ...' if len(changed) > 5 else ''}); "
@@ -236,6 +236,15 @@ class DetectionTables:
             for soundscape in soundscapes:
                 if self._file(soundscape) in self.entries:
                     whole.write(self._outputs(soundscape)["csv"].read_text(encoding="utf-8").partition("\n")[2])
+
+
+def _record(line: str) -> dict:
+    """A journal's line; an empty one where it is damaged."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _state(path: Path) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -27,9 +28,10 @@ MARGIN_SECONDS, MARGIN_SHARE = 5.0, 0.02  # of the time limit kept free, beside 
 def choose_columns(models: list[OnnxModel], sample: Path | None, soundscapes: Path) -> tuple[str, ...]:
     """The sample submission's species in its order, else the models'. Raises UserError where they differ."""
     classes = models[0].classes
-    sample = sample or soundscapes.resolve().parent / "sample_submission.csv"
-    if not sample.exists():
-        return classes
+    if sample is None:
+        sample = soundscapes.resolve().parent / "sample_submission.csv"
+        if not sample.exists():
+            return classes
     columns = submission.columns_of_sample(sample)
     missing, extra = sorted(set(columns) - set(classes)), sorted(set(classes) - set(columns))
     if missing or extra:
@@ -46,24 +48,26 @@ def parser() -> argparse.ArgumentParser:
         f"--time-limit (default: {competitions.DEFAULT}'s, without its time limit)")
     add("--soundscapes", type=Path, help="folder of long recordings (default: input/<competition>/test_soundscapes)")
     add("--recursive", action="store_true", help="also its sub-folders; row ids and tables are then named by the path below the folder")
-    add("--out", type=Path, default=Path("submissions/asca.csv"), help="the submission (default: submissions/asca.csv)")
+    add("--out", type=Path, default=Path("submissions/asca.csv"), help="the submission: priors at first, replaced as rows come (default: "
+        "submissions/asca.csv)")
     add("--sample", type=Path, help="sample submission that gives the columns (default: the one beside the soundscapes' folder)")
     add("--hop-seconds", type=float, default=submission.ROW_SECONDS, help="between windows; under 5 they overlap (default: 5, or the window if shorter)")
     add("--pooling", choices=submission.POOLINGS, default="mean", help="of the windows that overlap a row: their mean, weighted by the overlap, or of those "
         "that lie mostly in it the maximum (default: mean)")
     add("--expected-seconds", type=float, help="length of a file whose header is unreadable (default: the competition's)")
     add("--batch-size", type=int, default=0, help="windows handed to the model at once; 0: two a thread, at least 8 (default: 0)")
-    add("--threads", type=int, default=0, help="of the model; 0: all cores (default: 0)")
+    add("--threads", type=int, default=0, help="of the model; 0: all cores that the process may use (default: 0)")
     add("--engine", choices=engines.ENGINES, default="auto", help="auto: onnxruntime for f32, OpenVINO for bf16 and int8 (default: auto)")
     add("--precision", choices=engines.PRECISIONS, default="f32", help="bf16, int8: OpenVINO's, once src.precision accepted them (default: f32)")
     add("--check", type=Path, metavar="FILE", help="only validate a submission (with --soundscapes also its rows, with --sample its columns)")
-    limit = options.add_argument_group("deadline", "A submission of priors is written first and replaced as rows come; what does not fit is dropped: overlap "
-                                       "of windows, then models from the last to the second, then the soundscapes that are left keep the prior.")
+    limit = options.add_argument_group("deadline", "What does not fit is dropped: overlap of windows, then models from the last to the second, then the "
+                                       "soundscapes that are left keep the prior.")
     limit.add_argument("--time-limit", type=float, metavar="MINUTES", help="0: none (default: none, or --competition's)")
     limit.add_argument("--started", type=float, metavar="EPOCH_SECONDS", help="when the time began to run, as `date +%%s` says (default: now)")
     people = options.add_argument_group("for field ecologists").add_argument
     people("--format", nargs="+", default=["submission"], metavar="FORMAT", help=f"of submission, {', '.join(detections.SUFFIXES)}; several: commas or spaces")
-    people("--tables", type=Path, metavar="DIR", help="folder of the tables, continued when interrupted (default: --out without its suffix)")
+    people("--tables", type=Path, metavar="DIR", help="folder of the tables, continued when interrupted (default: --out without its suffix, or with _tables "
+           "where it has none)")
     people("--threshold", type=float, default=0.5, help="probability from which a species counts as detected (default: 0.5)")
     people("--thresholds", type=Path, metavar="FILE", help="CSV of primary_label and threshold; others have --threshold")
     people("--species", type=Path, metavar="FILE", help="only these are detected: one code, scientific or common name a line")
@@ -86,13 +90,20 @@ def check_options(options: argparse.Namespace) -> None:
     unknown = sorted(set(options.format) - {"submission", *detections.SUFFIXES})
     if unknown or not options.format:
         raise UserError(f"--format {' '.join(unknown)} is not known; known are submission, {', '.join(detections.SUFFIXES)}")
-    options.tables = options.tables or options.out.with_suffix("")
-    if not 0 < options.hop_seconds <= submission.ROW_SECONDS or options.batch_size < 0 or options.expected_seconds <= 0:
-        raise UserError("--hop-seconds must be within (0, 5], --batch-size not negative, --expected-seconds positive")
-    if not 0 <= options.threshold <= 1 or options.time_limit < 0:
-        raise UserError("--threshold must be within 0 and 1, --time-limit not negative")
-    if options.started > time.time() + 60:
-        raise UserError(f"--started {options.started:.0f} lies in the future; it is seconds since 1970, as `date +%s` prints")
+    options.tables = options.tables or (options.out.with_suffix("") if options.out.suffix else options.out.parent / f"{options.out.name}_tables")
+    if options.out.is_dir() and "submission" in options.format and not options.check:
+        raise UserError(f"--out {options.out} is a folder; name the file to write, {options.out / 'asca.csv'} for one")
+    if not 0 < options.hop_seconds <= submission.ROW_SECONDS or min(options.batch_size, options.threads) < 0 or not 0 < options.expected_seconds < math.inf:
+        raise UserError("--hop-seconds must be within (0, 5], --batch-size and --threads not negative, --expected-seconds positive")
+    if not 0 <= options.threshold <= 1 or not 0 <= options.time_limit < math.inf:
+        raise UserError("--threshold must be within 0 and 1, --time-limit a number of minutes, or 0 for none")
+    if not -math.inf < options.started <= time.time() + 60:
+        raise UserError(f"--started {options.started:.0f} lies in the future or is no time; it is seconds since 1970, as `date +%s` prints")
+
+
+def cores() -> int:
+    """Those that this process may use, which a batch system or taskset makes fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @stage
@@ -101,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     check_options(options)
     if options.check:
         return report(options)
-    threads, engine = options.threads or os.cpu_count() or 1, engines.choose(options.engine, options.precision)
+    threads, engine = options.threads or cores(), engines.choose(options.engine, options.precision)
     soundscapes = find_soundscapes(options.soundscapes, options.expected_seconds, recursive=options.recursive)
     models = find_models(options.run, threads, engine)
     classes = choose_columns(models, options.sample, options.soundscapes)
@@ -122,24 +133,24 @@ def main(argv: list[str] | None = None) -> int:
             soundscape = to_do[result.number]
             if file:
                 file.fill(result.number, result.probability)
-                if guard.limited:
-                    file.write_if_due()
+                file.write_if_due()
             if tables and result.complete:
                 tables.add(soundscape, result.probability, result.known)
             soundscape.overview = None
+        faults = file.write_and_check() if file else []  # first, since all else can be made again
         if tables:
             tables.finish(soundscapes)
             say(f"wrote {options.tables}: {', '.join(name for name in options.format if name in detections.SUFFIXES) or 'pictures'}")
     failures = options.out.with_name(options.out.stem + "_failures.csv") if file else options.tables / "failures.csv"
     list_failures(failures, soundscapes, "hold the prior" if file else "hold no detection")
-    return verdict(f"wrote {options.out}: {sum(s.n_rows for s in soundscapes)} rows x {len(classes)} species, ", file.write_and_check()) if file else 0
+    return verdict(f"wrote {options.out}: {sum(s.n_rows for s in soundscapes)} rows x {len(classes)} species, ", faults) if file else 0
 
 
 def open_tables(options: argparse.Namespace, models: list[OnnxModel], classes: Sequence[str]) -> detections.DetectionTables:
     names = detections.read_names(options.taxonomy, options.soundscapes)
     thresholds = detections.choose_thresholds(classes, names, threshold=options.threshold, per_species=options.thresholds, species=options.species)
-    settings = {"models": [sha256(model.path) for model in models], "precision": options.precision, "hop_seconds": options.hop_seconds,
-                "pooling": options.pooling, "recursive": options.recursive}
+    settings = {"soundscapes": str(options.soundscapes.resolve()), "models": [sha256(model.path) for model in models], "precision": options.precision,
+                "hop_seconds": options.hop_seconds, "pooling": options.pooling, "recursive": options.recursive}
     formats = [name for name in detections.SUFFIXES if name in options.format]
     return detections.DetectionTables(options.tables, options.soundscapes, formats, classes, thresholds, names, config=models[0].audio,
                                       settings=settings, pictures=options.pictures, restart=options.restart)
@@ -161,13 +172,16 @@ def list_failures(path: Path, soundscapes: list[Soundscape], fate: str) -> None:
 
 
 def begin_submission(path: Path, soundscapes: list[Soundscape], classes: Sequence[str], prior: np.ndarray, guard: Guard) -> submission.SubmissionFile:
-    """Under a time limit the priors are written at once; that measures what the last write and its validation will take."""
+    """The priors are written at once and replaced as rows come: what cannot be written fails before hours of scoring, and an interruption
+    leaves a whole file. Under a time limit that also measures what the last write and its validation will take."""
     file = submission.SubmissionFile(path, [(s.name, s.n_rows) for s in soundscapes], classes, prior)
-    if guard.limited:
-        left, began = guard.left(), guard.clock()
-        faults = file.write_and_check()
-        guard.reserve = 2 * (guard.clock() - began) + MARGIN_SECONDS + MARGIN_SHARE * max(0.0, left)
-        say(f"wrote {path}, filled with the prior ({'; '.join(faults) or 'valid'}); {guard.left() / 60:.2f} min for scoring")
+    if not guard.limited:
+        file.write()
+        return file
+    left, began = guard.left(), guard.clock()
+    faults = file.write_and_check()
+    guard.reserve = 2 * (guard.clock() - began) + MARGIN_SECONDS + MARGIN_SHARE * max(0.0, left)
+    say(f"wrote {path}, filled with the prior ({'; '.join(faults) or 'valid'}); {guard.left() / 60:.2f} min for scoring")
     return file
 
 

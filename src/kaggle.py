@@ -81,8 +81,8 @@ def install_wheels(bundle: Path) -> None:
 
 def find_competition(root: Path, slug: str = "") -> Path:
     """The competition's folder: the one with a sample submission, of that slug where one is given. Raises UserError with what is there."""
-    found = sorted({sample.parent for mount in COMPETITION_MOUNTS for sample in root.glob(f"{mount}/sample_submission.csv")
-                    if slug in ("", sample.parent.name)})
+    samples = [sample for mount in COMPETITION_MOUNTS for sample in root.glob(f"{mount}/sample_submission.csv") if slug in ("", sample.parent.name)]
+    found = sorted({sample.parent.resolve(): sample.parent for sample in samples}.values())  # one, though it lies under both mounts
     if len(found) == 1:
         return found[0]
     if found:
@@ -101,11 +101,15 @@ def find_soundscapes(competition: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix="no_soundscapes_"))
 
 
+def _settings(bundle: Path) -> dict:
+    return json.loads((bundle / SETTINGS).read_text(encoding="utf-8"))
+
+
 def precision(bundle: Path) -> str:
     """What the bundle was built for, as `src.infer --precision` takes it."""
-    return json.loads((bundle / SETTINGS).read_text(encoding="utf-8"))["precision"]
+    return _settings(bundle)["precision"]
 
 
 def runs(bundle: Path) -> list[str]:
-    """The bundle's runs, as `src.infer --run` takes them."""
-    return [str(folder) for folder in sorted((bundle / "runs").iterdir())]
+    """The bundle's runs, as `src.infer --run` takes them: in the order that src.bundle was told, since the last ones are dropped first."""
+    return [str(bundle / "runs" / name) for name in _settings(bundle)["runs"]]

@@ -28,6 +28,7 @@ class OnnxModel:
     audio: AudioConfig
     classes: tuple[str, ...]
     prior: np.ndarray  # (n_classes,), in the order of `classes`
+    weights_sha256: str = ""  # of the weights that it was exported from
 
     def probabilities(self, log_mel: np.ndarray, options: onnxruntime.RunOptions | None = None) -> np.ndarray:
         """(B, 1, n_mels, window_frames) float32 dB -> (B, n_classes)."""
@@ -37,7 +38,7 @@ class OnnxModel:
 def load_model(path: Path, threads: int, engine: Engine = Engine()) -> OnnxModel:
     """Opens a model.onnx. Raises UserError where the file differs from its SHA-256 or lacks its facts."""
     digest = path.with_name(path.name + ".sha256")
-    if not digest.exists() or digest.read_text(encoding="utf-8").split()[:1] != [sha256(path)]:
+    if not digest.exists() or digest.read_text(encoding="utf-8", errors="replace").split()[:1] != [sha256(path)]:
         raise UserError(f"{path} is damaged or not the exported file: its SHA-256 is not the one in {digest.name}; "
                         f"delete it and run python -m src.export --run {path.parent.parent}")
     options = onnxruntime.SessionOptions()
@@ -46,7 +47,7 @@ def load_model(path: Path, threads: int, engine: Engine = Engine()) -> OnnxModel
     facts = session.get_modelmeta().custom_metadata_map
     try:
         return OnnxModel(path, open_runner(path, session, engine, threads), AudioConfig.from_dict(facts["audio"]), tuple(json.loads(facts["classes"])),
-                         np.array(json.loads(facts["prior"]), np.float32))
+                         np.array(json.loads(facts["prior"]), np.float32), facts.get("weights_sha256", ""))
     except (KeyError, ValueError) as error:
         raise UserError(f"{path} carries no recipe and classes ({error}); export it with python -m src.export") from error
 
@@ -62,28 +63,27 @@ def find_models(runs: Sequence[Path], threads: int, engine: Engine = Engine()) -
         folders = [folder for folder in folders if (folder / "model.onnx").exists() or (folder / "weights.safetensors").exists()]
         if not folders:
             raise UserError(f"{run} holds no trained fold; train one with python -m src.train --run {run}")
-        if any(_needs_export(folder) for folder in folders):
+        of_run = [_open(folder, threads, engine) for folder in folders]
+        if any(model is None for model in of_run):
             command = [sys.executable, "-m", "src.export", "--run", str(run)]
             if importlib.util.find_spec("torch") is None:
                 raise UserError(f"{run} is not exported; run python -m src.export --run {run} where torch is installed")
             if subprocess.run(command).returncode:
                 raise UserError(f"python -m src.export --run {run} failed")
-        for folder in folders:
-            if engine.lossy:
-                require_verdict(folder / "model.onnx", engine)
-            models.append(load_model(folder / "model.onnx", threads, engine))
+            of_run = [model or _open(folder, threads, engine) for folder, model in zip(folders, of_run)]
+        models += of_run
     for model in models[1:]:
         if set(model.classes) != set(models[0].classes):
             raise UserError(f"{model.path} and {models[0].path} know different species; name runs of the same classes")
     return models
 
 
-def _needs_export(folder: Path) -> bool:
-    """Whether model.onnx is missing or was made from other weights than the ones beside it."""
-    if not (folder / "model.onnx").exists():
-        return True
-    weights = folder / "weights.safetensors"
-    if not weights.exists():
-        return False
-    model = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    return model.get_modelmeta().custom_metadata_map.get("weights_sha256") != sha256(weights)
+def _open(folder: Path, threads: int, engine: Engine) -> OnnxModel | None:
+    """The fold's model; None where it is missing or was made from other weights than the ones beside it."""
+    path, weights = folder / "model.onnx", folder / "weights.safetensors"
+    if not path.exists():
+        return None
+    if engine.lossy:
+        require_verdict(path, engine)
+    model = load_model(path, threads, engine)
+    return None if weights.exists() and model.weights_sha256 != sha256(weights) else model

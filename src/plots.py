@@ -50,10 +50,10 @@ def spectrogram_grid(path: Path, log_mels: Sequence[np.ndarray], titles: Sequenc
     log_mels, columns = log_mels[:16], 4
     rows = -(-len(log_mels) // columns)
     figure = Figure(figsize=(4 * columns, 2.4 * rows + 0.5), layout="constrained")
-    figure.suptitle(heading)
+    figure.suptitle(plain(heading, 120))
     for axes, log_mel, title in zip(figure.subplots(rows, columns, squeeze=False).flat, log_mels, titles):
         draw_spectrogram(axes, log_mel, config)
-        axes.set_title(title, fontsize=9)
+        axes.set_title(plain(title), fontsize=9)
     for axes in figure.axes[len(log_mels) :]:
         axes.set_axis_off()
     save(figure, path)
@@ -202,7 +202,7 @@ def intervals(path: Path, panels: Sequence[tuple[str, Sequence[tuple[str, tuple[
         axes.plot(value[fewer], fewer, "o", color="C0", markerfacecolor="white", markersize=5, zorder=3)
         if reference in names and np.isfinite(value[names.index(reference)]):
             axes.axvline(value[names.index(reference)], color="0.5", linestyle="--", linewidth=1)
-        axes.set_title(title, fontsize=10)
+        axes.set_title(plain(title), fontsize=10)
         axes.grid(axis="x", alpha=0.3)
     grid[0, 0].set_yticks(range(len(names)), [plain(name) for name in names])
     grid[0, 0].set_ylim(len(names) - 0.5, -0.5)
@@ -220,7 +220,7 @@ def lines(path: Path, panels: Sequence[tuple[str, dict[str, Sequence[tuple[float
             shifted = x * 1.03**number  # so that intervals do not hide each other
             axes.errorbar(shifted, value, yerr=np.nan_to_num([value - low, high - value]).clip(0), marker="o", markersize=4, capsize=3, label=plain(name, 40))
         ticks = sorted({point[0] for points in curves.values() for point in points})
-        axes.set(title=title, xscale="log")
+        axes.set(title=plain(title), xscale="log")
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
@@ -237,7 +237,7 @@ def timeline(path: Path, log_mel: np.ndarray, probabilities: np.ndarray, classes
     shown = np.argsort(-interest, kind="stable")[: min(n_species, len(classes))]
     seconds = len(probabilities) * row_seconds
     figure = Figure(figsize=(14, 3 + 0.28 * len(shown)), layout="constrained")
-    figure.suptitle(heading)
+    figure.suptitle(plain(heading, 120))
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 0.28 * len(shown)))
     draw_spectrogram(top, log_mel, config, seconds)
     top.set_ylabel("Hz")
@@ -256,7 +256,7 @@ def timeline(path: Path, log_mel: np.ndarray, probabilities: np.ndarray, classes
         step = next((step for step in (300, 600, 1800, 3600, 7200) if seconds / step <= 14), 21_600)
         ticks = np.arange(0, seconds + 1, step)
         bottom.set(xlabel="hours:minutes", xticks=ticks, xticklabels=[f"{t // 3600:.0f}:{t % 3600 // 60:02.0f}" for t in ticks])
-    bottom.set_yticklabels([classes[species] for species in shown], fontsize=8)
+    bottom.set_yticklabels([plain(classes[species], 40) for species in shown], fontsize=8)
     # Beside the lower panel alone: both keep one width, so that their seconds stand above each other.
     figure.colorbar(image, cax=bottom.inset_axes((1.01, 0, 0.012, 1)), label="probability")
     save(figure, path)

@@ -103,8 +103,11 @@ def main(argv: list[str] | None = None) -> int:
     if cache is None:
         raise UserError(f"the held-out windows come from the cache: {why_not}")
     say(f"{settings.run}: {len(folds)} fold(s), {engine} against {Engine()} on {threads} thread(s)")
-    refused = 0
-    for model in find_models([settings.run], threads):
+    models, refused = find_models([settings.run], threads), 0
+    unknown = [model.path for model in models if int(model.path.parent.name[4:]) not in folds]
+    if unknown:
+        raise UserError(f"{unknown[0]} stands without its weights, so what it held out is not known; copy the whole fold here or move the model away")
+    for model in models:
         fold = model.path.parent.name
         held_out = folds[int(fold[4:])].filename
         if engine.precision == "int8":

@@ -18,7 +18,7 @@ from .deadline import Guard
 from .onnx_models import OnnxModel
 from .soundscapes import Soundscape, ahead, decode
 
-TIME_WAS_UP = "the time was up"
+TIME_WAS_UP, NOT_FINITE = "the time was up", "the model gave no finite number"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,10 @@ class Ensemble:
         total, count = np.zeros((n, len(self.prior)), np.float32), np.zeros((n, 1), np.float32)
         for model, batches in zip(self.models, self.pending):
             if batches:
-                of_model = submission.rows_from_windows(np.concatenate(batches), soundscape.starts[model.audio], model.audio.window_seconds, n, self.pooling)
+                probability = np.concatenate(batches)
+                if not np.isfinite(probability).all():
+                    soundscape.fault = soundscape.fault or NOT_FINITE
+                of_model = submission.rows_from_windows(probability, soundscape.starts[model.audio], model.audio.window_seconds, n, self.pooling)
                 reached = ~np.isnan(of_model[:, :1])
                 total, count = total + np.where(reached, of_model, 0), count + reached
         known = (count[:, 0] > 0) & (np.arange(n) * submission.ROW_SECONDS < soundscape.seconds_decoded)
@@ -95,11 +98,13 @@ def score(soundscapes: list[Soundscape], ensemble: Ensemble, *, batch_size: int,
     """Every soundscape's rows, in order. When the time is up, the rest hold the prior and say so as their fault."""
     guard, n_done, told = ensemble.guard, 0, not ensemble.guard.limited
     batches = ahead(decode(soundscapes, ensemble.starts, batch_size, overviews=overviews), guard.left)
-    total = guard.rows_left
+    total, scored = guard.rows_left, 0.0  # the latter: rows' worth of the present soundscape
     with halting(guard, ensemble.halt), progress(what="scoring", total=round(total), unit="row") as bar, closing(batches):
         for number, config, windows in batches:
             soundscape = soundscapes[number]
             if config is None:
+                guard.give_up(soundscape.n_rows - scored if soundscape.starts else 0)  # one without a header was never counted
+                scored = 0.0
                 yield ensemble.rows(number, soundscape, complete=True)
                 n_done += 1
                 if not told and guard.measured() and guard.rows_left:
@@ -109,8 +114,9 @@ def score(soundscapes: list[Soundscape], ensemble: Ensemble, *, batch_size: int,
                 continue
             if not ensemble.run(config, windows):
                 break
-            first = config == ensemble.models[0].audio
-            guard.rows_done(soundscape.n_rows * len(windows) / len(soundscape.starts[config]) if first else 0)
+            rows = soundscape.n_rows * len(windows) / len(soundscape.starts[config]) if config == ensemble.models[0].audio else 0
+            guard.rows_done(rows)
+            scored += rows
             bar.update(round(total - guard.rows_left) - bar.n)
             before = guard.forecast(guard.plan)
             if guard.revise():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -37,9 +38,11 @@ def find_soundscapes(folder: Path, expected_seconds: float, *, recursive: bool =
     """The audio files of a folder, by name, with their numbers of rows from their headers. Hidden files are passed over."""
     if not folder.is_dir():
         raise UserError(f"--soundscapes {folder} is no folder; name the one that holds the long recordings")
-    paths = sorted(path for path in (folder.rglob("*") if recursive else folder.iterdir())
-                   if path.suffix.lower() in audio.SUFFIXES and path.is_file()
-                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    paths = sorted(path for path in (_below(folder) if recursive else folder.iterdir())
+                   if path.suffix.lower() in audio.SUFFIXES and path.is_file() and not path.name.startswith("."))
+    odd = [path for path in paths if any("\udc80" <= mark <= "\udcff" for mark in str(path))]  # bytes that are no text
+    if odd:
+        raise UserError(f"{ascii(str(odd[0]))}: its name is not UTF-8 ({len(odd)} such name(s)); rename it (convmv -f latin1 -t utf8 does whole folders)")
     names = [path.relative_to(folder).with_suffix("").as_posix() for path in paths]
     doubled = pd.Series(names, dtype=str)[lambda name: name.duplicated()]
     if len(doubled):
@@ -52,6 +55,20 @@ def find_soundscapes(folder: Path, expected_seconds: float, *, recursive: bool =
             seconds, fault = expected_seconds, f"no readable header: {error}"
         soundscapes.append(Soundscape(path, name, seconds, submission.n_rows(seconds), fault=fault))
     return soundscapes
+
+
+def _below(folder: Path) -> list[Path]:
+    """The files in a folder, its sub-folders and those that are linked there, each once; a link to a folder that lies below anyway adds nothing."""
+    root, seen, found = folder.resolve(), set(), []
+    for at, folders, names in os.walk(folder, followlinks=True):
+        real = Path(at).resolve()
+        if real in seen or real.is_relative_to(root) and real != root / Path(at).relative_to(folder):
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(at, name) for name in names]
+    return found
 
 
 class Overview:
@@ -93,8 +110,11 @@ class WindowStream:
         return self._cut(self._seen(self.stream.push(block)))
 
     def finish(self) -> list[np.ndarray]:
-        """The windows that reach over the end: padded with silence."""
+        """The windows that reach over the end: padded with silence. Where the header promised more, those without any sound are left out:
+        their number has no bound, and a row's length behind the end they reach no row that any model heard."""
         windows = self._cut(self._seen(self.stream.finish()))
+        heard = self.first_frame + self.frames.shape[1] + submission.ROW_SECONDS * self.config.frames_per_second
+        self.starts = self.starts[: max(1, self.next, int(np.searchsorted(self.starts, heard)))]
         end = int(self.starts[-1]) + self.config.window_frames
         missing = max(0, end - self.first_frame - self.frames.shape[1])
         return windows + self._cut(np.full((self.config.n_mels, missing), self.config.db_min, np.float32))
@@ -155,6 +175,7 @@ def _decode_one(number: int, soundscape: Soundscape, batch_size: int) -> Iterato
                     while len(waiting[config]) >= batch_size:
                         yield number, config, np.stack(waiting[config][:batch_size])
                         del waiting[config][:batch_size]
+            soundscape.fault = audio.mp3_fault(soundscape.path)
         except audio.DamagedAudio as error:
             soundscape.fault = str(error)
         for config, stream in streams.items():

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from .console import UserError
-from .metadata import read_csv
 from .storage import atomic
 
 ROW_SECONDS = 5.0
@@ -39,9 +39,11 @@ def rows_from_windows(probability: np.ndarray, starts: np.ndarray, window_second
     """(k, C) of the first k windows -> (n, C): each row is its windows' mean, weighted by the seconds of overlap; or (max) the highest of
     those windows that overlap it at least half as long as the longest one.
 
-    Rows that none of them reaches are NaN. A hundred rows at a time, so that hours need no n x k table.
+    A window with a number that is not finite is none. Rows that none of them reaches are NaN. A hundred rows at a time, so that hours need
+    no n x k table.
     """
-    rows, starts = np.full((n, probability.shape[1]), np.nan, np.float32), starts[: len(probability)]
+    finite = np.isfinite(probability).all(axis=1)
+    rows, starts, probability = np.full((n, probability.shape[1]), np.nan, np.float32), starts[: len(probability)][finite], probability[finite]
     for first in range(0, n, 100):
         begin = np.arange(first, min(first + 100, n))[:, None] * ROW_SECONDS
         near = slice(*np.searchsorted(starts, [begin[0, 0] - window_seconds, begin[-1, 0] + ROW_SECONDS]))
@@ -57,13 +59,27 @@ def rows_from_windows(probability: np.ndarray, starts: np.ndarray, window_second
     return rows
 
 
+def _header(path: Path) -> list[str]:
+    """A CSV's first line, as it stands there: pandas renames a column that stands there twice. Raises UserError."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            return next(csv.reader(file), [])
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} is not readable: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _parts(path: Path) -> Iterator[pd.DataFrame]:
+    """A CSV as strings, a thousand rows at a time: the millions of a whole competition's would take more memory than scoring. Raises UserError."""
+    try:
+        with pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", chunksize=1000) as parts:
+            yield from parts
+    except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
+        raise UserError(f"{path} is not a readable CSV file: {error}") from error
+
+
 def columns_of_sample(sample: Path) -> tuple[str, ...]:
     """The species columns of a sample submission, in its order. Raises UserError where it is none."""
-    try:
-        with open(sample, encoding="utf-8-sig", newline="") as file:
-            header = next(csv.reader(file), [])
-    except OSError as error:
-        raise UserError(f"{sample} is not readable: {error.strerror}") from error
+    header = _header(sample)
     if header[:1] != ["row_id"] or len(header) < 2 or len(set(header)) < len(header):
         raise UserError(f"{sample} is no sample submission: its header must be row_id and the species, each once")
     return tuple(header[1:])
@@ -115,34 +131,46 @@ class SubmissionFile:
 def check(path: Path, *, classes: Sequence[str] | None = None, ids: Sequence[str] | None = None) -> list[str]:
     """What is wrong with a submission, read as text; an empty list where it is valid."""
     try:
-        table = read_csv(path)
+        columns = _header(path)
+        if columns[:1] != ["row_id"]:
+            return [f"the first column is {columns[0] if columns else 'missing'}, not row_id"]
+        doubled = [column for column, times in Counter(columns).items() if times > 1]
+        if doubled:
+            return [f"{len(doubled)} column(s) stand there twice, {doubled[0]} for one"]
+        row_id, outside = _read(path, columns)
     except UserError as error:
         return [str(error)]
-    faults, columns = [], table.columns.tolist()
-    if columns[:1] != ["row_id"]:
-        return [f"the first column is {columns[0] if columns else 'missing'}, not row_id"]
+    faults = []
     if classes is not None and columns[1:] != list(classes):
         missing, extra = sorted(set(classes) - set(columns)), sorted(set(columns[1:]) - set(classes))
         faults.append(f"the columns differ: missing {missing[:5]}, unexpected {extra[:5]}" if missing or extra
                       else "the columns are in another order than the sample's")
     if len(columns) < 2:
         faults.append("there is no species column")
-    doubled = table.row_id[table.row_id.duplicated()]
+    doubled = row_id[row_id.duplicated()]
     if len(doubled):
         faults.append(f"{len(doubled)} row_ids stand there twice, {doubled.iloc[0]} for one")
     if ids is not None:
-        written = set(table.row_id)
+        written = set(row_id)
         missing, extra = [row for row in ids if row not in written], sorted(written - set(ids))
         if missing or extra:
             faults.append(f"row_ids differ from the soundscapes': missing {len(missing)} ({missing[:2]}), unexpected {len(extra)} ({extra[:2]})")
-    malformed = table.row_id[~table.row_id.str.fullmatch(r".+_[1-9]\d*")]
+    malformed = row_id[~row_id.str.fullmatch(r".+_[1-9]\d*")]
     if len(malformed):
         faults.append(f"row_id {malformed.iloc[0]!r} is not <file stem>_<end second>")
-    for column in columns[1:]:
-        values = pd.to_numeric(table[column], errors="coerce").to_numpy(float)
-        bad = np.flatnonzero(~((values >= 0) & (values < 1)))  # NaN is neither
-        if len(bad):
-            faults.append(f"{len(bad)} value(s) of {column} outside [0, 1): {table[column].iloc[bad[0]]!r} in row {table.row_id.iloc[bad[0]]}")
-        if len(faults) >= 10:
-            break
-    return faults
+    faults += [f"{n} value(s) of {column} outside [0, 1): {first}" for column, (n, first) in sorted(outside.items(), key=lambda item: columns.index(item[0]))]
+    return faults[:10]
+
+
+def _read(path: Path, columns: list[str]) -> tuple[pd.Series, dict[str, tuple[int, str]]]:
+    """A submission's row_ids; and of each column with values that are not within [0, 1), their number and where the first one stands."""
+    ids, outside = [], {}
+    for part in _parts(path):
+        ids.append(part.iloc[:, 0])
+        for place, column in enumerate(columns[1:], start=1):
+            values = pd.to_numeric(part.iloc[:, place], errors="coerce").to_numpy(float)
+            bad = np.flatnonzero(~((values >= 0) & (values < 1)))  # NaN is neither
+            if len(bad):
+                n, first = outside.get(column, (0, f"{part.iloc[bad[0], place]!r} in row {part.iloc[bad[0], 0]}"))
+                outside[column] = n + len(bad), first
+    return pd.concat(ids), outside

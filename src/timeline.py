@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None) -> None:
     options = argparse.ArgumentParser(prog="python -m src.timeline", description=__doc__)
     options.add_argument("--submission", type=Path, required=True)
     options.add_argument("--soundscapes", type=Path, required=True)
+    options.add_argument("--competition", default=competitions.DEFAULT, metavar="NAME", help="sets the length of a file whose header is unreadable "
+                         f"(default: {competitions.DEFAULT})")
     options.add_argument("--recursive", action="store_true", help="also the folder's sub-folders")
     options.add_argument("--labels", type=Path, help="CSV of row_id and labels, drawn as outlines")
     options.add_argument("--out", type=Path, required=True, help="folder of the pictures")
@@ -36,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     options = options.parse_args(argv)
     table, config = read_csv(options.submission).set_index("row_id"), AudioConfig()
     classes = table.columns.tolist()
-    seconds = competitions.competition(competitions.DEFAULT).soundscape_seconds
+    seconds = competitions.competition(options.competition).soundscape_seconds
     soundscapes = find_soundscapes(options.soundscapes, seconds, recursive=options.recursive)[: options.first]
     for soundscape in progress(soundscapes, what="drawing", unit="file"):
         ids, seconds = submission.row_ids(soundscape.name, soundscape.n_rows), soundscape.n_rows * submission.ROW_SECONDS

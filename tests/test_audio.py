@@ -120,6 +120,77 @@ def test_what_decodes_of_a_truncated_file_is_still_yielded(tmp_path):
     assert 5 < seconds < 19
 
 
+def decoded(path) -> tuple[float, str]:
+    """Seconds that are yielded, and what is said to be wrong."""
+    seconds = 0.0
+    try:
+        for block in audio.read_blocks(path, 32_000):
+            seconds += len(block) / 32_000
+    except audio.DamagedAudio as error:
+        return seconds, str(error)
+    return seconds, ""
+
+
+def test_the_samples_ahead_of_a_decoder_s_error_are_kept(tmp_path):
+    soundfile.write(tmp_path / "x.flac", waveform(30), 32_000)
+    content = (tmp_path / "x.flac").read_bytes()
+    (tmp_path / "x.flac").write_bytes(content[: len(content) // 2])
+    seconds, cause = decoded(tmp_path / "x.flac")
+    assert 14.5 < seconds < 16 and cause, "not only whole blocks of two seconds"
+
+
+def test_a_truncated_wav_is_named_and_one_from_a_pipe_is_not(tmp_path):
+    path = tmp_path / "x.wav"
+    soundfile.write(path, waveform(2), 32_000, subtype="PCM_16")
+    whole = path.read_bytes()
+    place = whole.index(b"data") + 4
+    path.write_bytes(whole[:-64_000])
+    assert decoded(path) == (1.0, "truncated: the data chunk promises 64000 bytes more")
+    sizes = [b"\xff" * 4, b"\0\xf0\xff\x7f"]  # as ffmpeg and as SoX write it where they cannot go back
+    for content in (whole, whole + b"LIST\x04\0\0\0tags", *(whole[:place] + size + whole[place + 4 :] for size in sizes)):
+        path.write_bytes(content)
+        assert decoded(path) == (2.0, "")
+    for kind in ("RF64", "AIFF", "FLAC"):
+        soundfile.write(path, waveform(2), 32_000, format=kind)
+        assert decoded(path) == (2.0, "")
+
+
+def test_a_chained_ogg_file_is_named_and_streams_side_by_side_are_not(tmp_path):
+    for name, seconds in (("a", 30), ("b", 5)):
+        soundfile.write(tmp_path / f"{name}.ogg", waveform(seconds), 32_000)
+    first, second = ((tmp_path / f"{name}.ogg").read_bytes() for name in "ab")
+    (tmp_path / "c.ogg").write_bytes(first + second)
+    assert decoded(tmp_path / "c.ogg") == (30.0, "chained: only the first of several streams decodes")
+    begin = 28 + second[27]  # the first page: a header of 27 bytes, one size, so many bytes
+    (tmp_path / "d.ogg").write_bytes(second[:begin] + first + second[begin:])
+    assert audio.ogg_fault(tmp_path / "d.ogg") == ""
+
+
+def test_times_behind_lost_data_are_said_to_be_early(tmp_path):
+    for name in ("x.ogg", "x.mp3", "x.flac"):
+        soundfile.write(tmp_path / name, waveform(20), 32_000)
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) // 2] + content[len(content) * 6 // 10 :])
+        seconds, cause = decoded(tmp_path / name)
+        assert name == "x.flac" and "early" not in cause or cause.endswith(f"times behind the damage are up to {20 - seconds:.1f} s early"), name
+
+
+def test_an_mp3_without_a_length_is_told_from_one_with_it(tmp_path):
+    sound = np.concatenate([waveform(4), np.zeros(4 * 32_000, np.float32)])
+    path = tmp_path / "x.mp3"
+    soundfile.write(path, sound, 32_000, format="MP3", bitrate_mode="VARIABLE")
+    content = path.read_bytes()
+    second = content.index(content[:2], 4)
+    tag = b"ID3\x04\0\0\0\0\x01\x02" + bytes(130)
+    for head in (b"", tag, tag + tag):
+        path.write_bytes(head + content)
+        assert audio.mp3_fault(path) == ""
+        path.write_bytes(head + content[second:])
+        assert audio.mp3_fault(path) == "MP3 without a length header: its end may be missing"
+    soundfile.write(path, sound, 32_000, format="WAV")
+    assert audio.mp3_fault(path) == ""
+
+
 def test_an_unusable_recipe_is_refused():
     with pytest.raises(UserError, match="win_length"):
         AudioConfig(win_length=2000)

@@ -49,10 +49,19 @@ def test_the_metadata_are_what_the_kaggle_command_takes(built):
 
 
 @pytest.mark.parametrize(("name", "line"), [("birdclef-2023", "minutes = 110  # of the 120 that"), ("birdclef-2025", "minutes = 80  # of the 90 that")])
-def test_the_notebook_keeps_the_competition_s_time_limit(tmp_path, name, line):
-    bundle.write_notebook(tmp_path, competitions.competition(name).cpu_minutes)
+def test_the_notebook_keeps_the_competition_s_name_and_time_limit(tmp_path, name, line):
+    bundle.write_notebook(tmp_path, name)
     text, committed = (tmp_path / bundle.NOTEBOOK).read_text(), (bundle.ROOT / "notebooks" / bundle.NOTEBOOK).read_text()
-    assert line in text and (text == committed) == (name == competitions.DEFAULT) and len(json.loads(text)["cells"]) == len(json.loads(committed)["cells"])
+    assert line in text and f'year = \\"{name}\\"' in text
+    assert (text == committed) == (name == competitions.DEFAULT) and len(json.loads(text)["cells"]) == len(json.loads(committed)["cells"])
+
+
+def test_runs_keep_their_order_since_the_last_is_dropped_first(tmp_path, run):
+    names = ["second", "best"]
+    for name in names:
+        shutil.copytree(run / "fold0", tmp_path / name / "fold0")
+    assert bundle.main(["--run", *(str(tmp_path / name) for name in names), "--out", str(tmp_path / "b"), "--owner", "someone"]) == 0
+    assert kaggle.runs(tmp_path / "b") == [str(tmp_path / "b/runs" / name) for name in names]
 
 
 @pytest.mark.parametrize("name", ["runs/run/fold0/model.onnx", "src/audio.py", "golden/log_mel.npy", "LICENSE"])
@@ -172,6 +181,20 @@ def test_what_cannot_be_bundled_is_refused(tmp_path, run, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "run"]
 
 
+@pytest.mark.parametrize(("tags", "fits"), [
+    ("cp312-cp312-manylinux_2_27_x86_64.manylinux_2_28_x86_64", True), ("cp38-abi3-manylinux2014_x86_64", True), ("py3-none-any", True),
+    ("cp311-cp311-manylinux_2_28_x86_64", False), ("cp312-cp312-manylinux_2_28_aarch64", False), ("cp312-cp312-win_amd64", False),
+    ("cp312-cp312-manylinux_2_39_x86_64", False), ("renamed", False)])
+def test_wheels_that_kaggle_cannot_install_are_refused(tmp_path, tags, fits):
+    (tmp_path / f"onnxruntime-9.9-{tags}.whl").touch()
+    if fits:
+        bundle.write_wheels(tmp_path, tmp_path / "out", Engine())
+        assert len(list((tmp_path / "out").iterdir())) == 1
+        return
+    with pytest.raises(UserError, match=f"{tags}.whl is none for Kaggle's Python 3.12 .* pip download onnxruntime=="):
+        bundle.write_wheels(tmp_path, tmp_path / "out", Engine())
+
+
 def test_a_wheel_is_installed_where_its_package_is_absent(tmp_path):
     """Into an environment of its own; the wheel is made here, and named onnxruntime so that the last look finds it."""
     wheel = tmp_path / "bundle/wheels/onnxruntime-9.9-py3-none-any.whl"
@@ -213,6 +236,11 @@ def test_the_competition_is_found_under_both_mounts(tmp_path, mount, capsys):
     (folder / "sample_submission.csv").write_text("row_id,a\n")
     assert kaggle.find_competition(tmp_path) == folder == kaggle.find_competition(tmp_path, "birdclef-2023")
     assert not list(kaggle.find_soundscapes(folder).iterdir()) and "not mounted" in capsys.readouterr().out
+    other = tmp_path / ("competitions/birdclef-2023" if folder.parent == tmp_path else "birdclef-2023")
+    other.parent.mkdir(exist_ok=True)
+    other.symlink_to(folder, target_is_directory=True)
+    assert kaggle.find_competition(tmp_path).resolve() == folder, "under both mounts it is still one"
+    other.unlink()
     shutil.copytree(folder, folder.with_name("birdclef-2024"))
     with pytest.raises(UserError, match="2 competitions"):
         kaggle.find_competition(tmp_path)

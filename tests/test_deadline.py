@@ -3,14 +3,15 @@ import subprocess
 import numpy as np
 import pandas as pd
 import pytest
+import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.deadline import CLASSES, PRIOR, limited, slow_model, verdict
-from src import infer, submission
+from src import infer, submission, timeline
 from src.deadline import Guard, Plan
 from src.metadata import read_csv
-from tests.conftest import make_soundscape
+from tests.conftest import make_soundscape, waveform
 
 
 class Work:
@@ -104,6 +105,8 @@ def test_a_competition_sets_the_expected_length_and_the_limit(slow, tmp_path, ca
                                 (["--competition", "birdclef-2024", "--time-limit", "0"], 48, False)):
         assert infer.main([*flags, *more]) == 0 and ("filled with the prior" in capsys.readouterr().out) == prior_first
         assert read_csv(tmp_path / "s.csv").row_id.tolist() == [f"BC2026_Test_0001_S05_20250227_010002_{5 * k}" for k in range(1, rows + 1)]
+        drawn = timeline.main(["--submission", str(tmp_path / "s.csv"), *flags[2:4], "--out", str(tmp_path), *more[:2]])
+        assert drawn == 0 and (tmp_path / "BC2026_Test_0001_S05_20250227_010002.png").exists()
 
 
 def test_a_killed_run_leaves_a_valid_submission(slow):
@@ -113,6 +116,25 @@ def test_a_killed_run_leaves_a_valid_submission(slow):
     process.wait()
     process.stdout.close()
     assert verdict(slow)[0]
+
+
+def test_rows_that_a_cut_file_does_not_reach_leave_the_forecast(slow, tmp_path):
+    from src.onnx_models import find_models
+    from src.scoring import Ensemble, score
+    from src.soundscapes import find_soundscapes
+
+    soundfile.write(tmp_path / "cut.mp3", waveform(60), 32_000)
+    content = (tmp_path / "cut.mp3").read_bytes()
+    (tmp_path / "cut.mp3").write_bytes(content[: len(content) // 3])
+    (tmp_path / "none.wav").write_bytes(b"")
+    make_soundscape(tmp_path / "whole.ogg", 20.0)
+    found, (model, *_) = find_soundscapes(tmp_path, 60), find_models([slow / "run"], 1)
+    guard, left = Guard(None, hop_seconds=5.0, full_hop_seconds=5.0, n_models=1, n_rows=12 + 4), []
+    for result in score(found, Ensemble([model], CLASSES, guard), batch_size=8):
+        left.append(round(guard.rows_left, 3))
+        assert result.known.tolist() == {0: [True] * 4 + [False] * 8, 1: [False] * 12, 2: [True] * 4}[result.number]
+        assert np.allclose(result.probability[~result.known], PRIOR)
+    assert left == [4, 4, 0]
 
 
 def test_dropped_members_count_no_more_and_the_others_as_before(slow):

@@ -140,7 +140,7 @@ def test_an_interrupted_folder_is_continued_with_the_same_bytes(tmp_path, run, f
     assert subprocess.run([sys.executable, "-c", code, *command]).returncode == -9
     journal = out / "tables/done.jsonl"
     assert len(journal.read_text().splitlines()) == 2 and (out / "tables/=cmd.raven.txt").exists() and not (out / "tables/all_detections.csv").exists()
-    journal.write_text(journal.read_text() + '{"file": "torn')
+    journal.write_text(journal.read_text() + '{"file": "torn\n{"file": "torn')
     capsys.readouterr()
     assert infer.main(command) == 0
     text = capsys.readouterr().out
@@ -148,6 +148,11 @@ def test_an_interrupted_folder_is_continued_with_the_same_bytes(tmp_path, run, f
     assert files(out / "tables") == expected and not (out / "s.csv").exists()
     assert infer.main(command) == 0 and "6 of 6 recordings are done" in capsys.readouterr().out and files(out / "tables") == expected
     assert infer.main([*command, "--hop-seconds", "2.5"]) == 1 and "hop_seconds: 5.0 -> 2.5" in capsys.readouterr().err
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_bytes("".join(lines[:3]).encode() + b"\xff" + "".join(lines[3:]).encode())  # one record is damaged, the settings are not
+    assert infer.main([*command, "--hop-seconds", "2.5"]) == 1 and "hop_seconds: 5.0 -> 2.5" in capsys.readouterr().err
+    assert infer.main([*command, "--soundscapes", str(field / "season/day 1")]) == 1 and "day 1" in capsys.readouterr().err
+    assert infer.main(command) == 0 and "5 of 6 recordings are done" in capsys.readouterr().out and sorted(files(out / "tables")) == sorted(expected)
     assert infer.main([*command, "--hop-seconds", "2.5", "--restart"]) == 0
     assert json.loads(journal.read_text().splitlines()[0])["hop_seconds"] == 2.5
 

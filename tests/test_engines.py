@@ -102,6 +102,15 @@ def test_a_lossy_precision_needs_a_verdict_on_this_very_model(tmp_path, copied, 
         assert message in capsys.readouterr().err
 
 
+@needs_openvino
+def test_a_model_without_its_fold_cannot_be_measured(copied, capsys):
+    (copied / "fold1").mkdir()
+    for name in ("model.onnx", "model.onnx.sha256"):
+        shutil.copy(copied / "fold0" / name, copied / "fold1")
+    assert precision.main(["--run", str(copied), "--precision", "f32", "--threads", "1"]) == 1
+    assert f"{copied / 'fold1/model.onnx'} stands without its weights" in capsys.readouterr().err
+
+
 def test_auto_loses_no_precision_unasked():
     assert engines.choose("auto", "f32") == Engine("onnxruntime", "f32")
 

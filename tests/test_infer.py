@@ -1,7 +1,9 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,9 +14,12 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src import audio, cache, export, infer, onnx_models, submission, timeline, train
+from src import audio, cache, checkpoint, export, infer, onnx_models, submission, timeline, train
 from src.config import AudioConfig
+from src.console import UserError
 from src.metadata import read_csv
+from src.soundscapes import WindowStream, find_soundscapes
+from src.storage import sha256
 from tests.conftest import make_soundscape, waveform
 
 
@@ -111,6 +116,53 @@ def test_damaged_soundscapes_get_the_prior_and_leave_the_others_alone(tmp_path, 
     assert "5 damaged soundscape(s)" in capsys.readouterr().out
 
 
+def test_a_window_without_a_finite_number_costs_its_own_row_alone_and_is_listed(tmp_path, run, soundscapes, monkeypatch):
+    expected, probabilities = score(run, soundscapes, tmp_path / "a.csv"), onnx_models.OnnxModel.probabilities
+
+    def spoiled(*rest):
+        found = probabilities(*rest)
+        found[1:2] = np.nan
+        return found
+
+    monkeypatch.setattr(onnx_models.OnnxModel, "probabilities", spoiled)
+    table = score(run, soundscapes, tmp_path / "b.csv")
+    lost = ["a_1_10", "c_10"]
+    pd.testing.assert_frame_equal(table.drop(lost), expected.drop(lost), check_exact=True)
+    assert np.ptp(table.loc[lost].to_numpy(), axis=0).max() == 0 and (table.loc[lost] != expected.loc[lost]).any(axis=None), "the prior"
+    failures = read_csv(tmp_path / "b_failures.csv")
+    assert failures.filename.tolist() == ["a_1.ogg", "c.ogg"] and set(failures.cause) == {"the model gave no finite number"}
+    rows = submission.rows_from_windows(np.array([[0.2], [np.inf], [0.4]]), np.array([0.0, 2.5, 5.0]), 5.0, 2)
+    np.testing.assert_allclose(rows, [[0.2], [0.4]], rtol=1e-6)
+
+
+def test_a_header_that_promises_hours_costs_no_memory():
+    config, sound, starts = AudioConfig(), waveform(12), submission.window_starts(7200, 5.0, 2.5)
+    honest, boastful = (WindowStream(config, at) for at in (starts[:5], starts))
+    windows, first = boastful.push(sound) + boastful.finish(), honest.push(sound) + honest.finish()
+    assert len(first) == 5 and len(windows) == 7, "all that begin less than a row behind the end"
+    np.testing.assert_array_equal(windows[:5], first)
+
+
+def test_names_that_are_no_text_are_refused_before_any_work(tmp_path):
+    try:
+        (tmp_path / os.fsdecode(b"caf\xe9.wav")).touch()
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    with pytest.raises(UserError, match=r"caf\\udce9.wav.*is not UTF-8.*rename"):
+        find_soundscapes(tmp_path, 60)
+
+
+def test_linked_folders_are_entered_once(tmp_path):
+    season, card = tmp_path / "season", tmp_path / "card"
+    for path in (season / "day/a.wav", season / ".trash/b.wav", card / "c.wav", card / "deep/d.wav"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, waveform(1), 32_000)
+    for link, to in ((season / "card", card), (season / "card again", card), (season / "a day", season / "day"), (card / "loop", season), (card / "own", card)):
+        link.symlink_to(to, target_is_directory=True)
+    assert [s.name for s in find_soundscapes(season, 60, recursive=True)] == ["card/c", "card/deep/d", "day/a"]
+    assert find_soundscapes(season, 60) == []
+
+
 def test_empty_and_missing_folders(tmp_path, run, capsys):
     (tmp_path / "empty").mkdir()
     assert infer.main(["--run", str(run), "--soundscapes", str(tmp_path / "empty"), "--out", str(tmp_path / "s.csv")]) == 0
@@ -128,6 +180,49 @@ def test_the_sample_s_columns_are_honoured_and_a_mismatch_stops(tmp_path, run, s
     sample.write_text("row_id,demowl1,demcuc1,other\n")
     assert infer.main(["--run", str(run), "--soundscapes", str(soundscapes), "--sample", str(sample), "--out", str(tmp_path / "c.csv")]) == 1
     assert "only in the sample ['other']" in capsys.readouterr().err and not (tmp_path / "c.csv").exists()
+    assert infer.main(["--run", str(run), "--soundscapes", str(soundscapes), "--sample", str(tmp_path / "typo.csv"), "--out", str(tmp_path / "c.csv")]) == 1
+    assert "typo.csv is not readable" in capsys.readouterr().err
+
+
+def test_an_interruption_leaves_a_whole_submission(tmp_path, run, soundscapes, monkeypatch):
+    finished, scoring = score(run, soundscapes, tmp_path / "a.csv"), infer.score
+
+    def one_and_no_more(*rest, **options):
+        results = scoring(*rest, **options)
+        yield next(results)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(infer, "score", one_and_no_more)
+    monkeypatch.setattr(submission.SubmissionFile, "write_if_due", submission.SubmissionFile.write)
+    assert infer.main(["--run", str(run), "--soundscapes", str(soundscapes), "--out", str(tmp_path / "b.csv"), "--threads", "1"]) == 130
+    assert infer.main(["--check", str(tmp_path / "b.csv"), "--soundscapes", str(soundscapes)]) == 0
+    table = pd.read_csv(tmp_path / "b.csv", index_col="row_id")
+    pd.testing.assert_frame_equal(table[:2], finished[:2], check_exact=True)
+    assert np.ptp(table[2:].to_numpy(), axis=0).max() == 0, "the prior"
+
+
+def test_the_output_s_place_is_known_to_work_before_scoring(tmp_path, run, soundscapes, capsys, monkeypatch):
+    flags = ["--run", str(run), "--soundscapes", str(soundscapes), "--threads", "1", "--format", "submission,csv"]
+    with monkeypatch.context() as patch:
+        patch.setattr(infer, "score", lambda *rest, **options: pytest.fail("scored for nothing"))
+        assert infer.main([*flags, "--out", str(tmp_path)]) == 1 and f"--out {tmp_path} is a folder" in capsys.readouterr().err
+        assert infer.main([*flags, "--out", str(tmp_path / "x"), "--tables", str(tmp_path / "x")]) == 1 and "cannot write" in capsys.readouterr().err
+    assert infer.main([*flags, "--out", str(tmp_path / "result")]) == 0
+    assert (tmp_path / "result").is_file() and (tmp_path / "result_tables/all_detections.csv").exists()
+    assert infer.main([*flags, "--out", str(tmp_path / "s.csv")]) == 0 and (tmp_path / "s/all_detections.csv").exists()
+
+
+def test_threads_are_those_that_the_process_may_use(tmp_path, run, soundscapes, capsys, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3}, raising=False)
+    assert infer.main(["--run", str(run), "--soundscapes", str(soundscapes), "--out", str(tmp_path / "s.csv")]) == 0
+    assert "on 1 CPU thread(s)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", ["--time-limit inf", "--time-limit nan", "--time-limit -1", "--started nan", "--threads -1", "--expected-seconds inf"])
+def test_numbers_that_mean_nothing_are_refused(flags, capsys):
+    assert infer.main(flags.split()) == 1
+    assert flags.split()[0] in capsys.readouterr().err.splitlines()[0]
 
 
 def test_a_changed_model_is_refused_and_a_missing_one_exported(tmp_path, run, soundscapes, capsys):
@@ -138,9 +233,24 @@ def test_a_changed_model_is_refused_and_a_missing_one_exported(tmp_path, run, so
     path.write_bytes(content)
     assert infer.main(["--run", str(tmp_path / "run"), "--soundscapes", str(soundscapes), "--out", str(tmp_path / "s.csv")]) == 1
     assert "model.onnx is damaged" in capsys.readouterr().err
+    path.write_bytes(content[: len(content) // 2])  # what onnxruntime cannot even open
+    assert infer.main(["--run", str(tmp_path / "run"), "--soundscapes", str(soundscapes), "--out", str(tmp_path / "s.csv")]) == 1
+    assert "model.onnx is damaged" in capsys.readouterr().err and not (tmp_path / "s.csv").exists()
     path.unlink()
     score(tmp_path / "run", soundscapes, tmp_path / "s.csv")
     assert path.exists()
+
+
+def test_a_model_is_opened_once_and_exported_again_for_other_weights(tmp_path, run, monkeypatch):
+    fold = Path(shutil.copytree(run / "fold0", tmp_path / "run/fold0"))
+    opened, opens = [], onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *rest, **kw: opened.append(rest) or opens(*rest, **kw))
+    (model,) = onnx_models.find_models([tmp_path / "run"], threads=1)
+    assert len(opened) == 1 and model.weights_sha256 == sha256(fold / "weights.safetensors")
+    tensors, facts = checkpoint.load_tensors(fold / "weights.safetensors")
+    checkpoint.save_tensors(fold / "weights.safetensors", tensors, {**facts, "another": "fact"})
+    (again,) = onnx_models.find_models([tmp_path / "run"], threads=1)
+    assert model.weights_sha256 != again.weights_sha256 == sha256(fold / "weights.safetensors")
 
 
 def test_a_run_s_folds_stand_in_their_order(tmp_path, monkeypatch):
@@ -164,6 +274,19 @@ def test_inference_imports_no_training_library():
 def test_the_validator_finds_what_kaggle_would_not_take(tmp_path, text, message):
     (tmp_path / "s.csv").write_text(text)
     assert any(message in fault for fault in submission.check(tmp_path / "s.csv", classes=["a"]))
+
+
+def test_the_validator_reads_a_doubled_column_and_counts_over_a_long_file(tmp_path):
+    (tmp_path / "s.csv").write_text("row_id,a,a\nx_5,0.1,0.2\n")
+    assert submission.check(tmp_path / "s.csv") == ["1 column(s) stand there twice, a for one"]
+    rows = [f"x_{5 * k},0.1,{'2' if k in (1500, 2200) else '0.2'},{'' if k == 2400 else '0.3'}\n" for k in range(1, 2500)]
+    (tmp_path / "s.csv").write_text("row_id,a,b,c\n" + "".join(rows))
+    assert submission.check(tmp_path / "s.csv", ids=submission.row_ids("x", 2499)) == [
+        "2 value(s) of b outside [0, 1): '2' in row x_7500", "1 value(s) of c outside [0, 1): '' in row x_12000"]
+    (tmp_path / "s.csv").write_text("row_id,a\n")
+    assert submission.check(tmp_path / "s.csv", classes=["a"], ids=[]) == []
+    (tmp_path / "s.csv").write_bytes(b"row_id,a\nx_5,\xff\n")
+    assert "s.csv is not readable: " in submission.check(tmp_path / "s.csv")[0]
 
 
 def test_written_probabilities_stay_under_one(tmp_path):

@@ -69,15 +69,23 @@ def test_the_submission_notebook_runs_from_the_bundle_alone(tmp_path, request, n
     (data / "sample_submission.csv").write_text("row_id,demowl1,demcuc1,demdov1\nsoundscape_1_5,0,0,0\n")
     for number in range(n):
         make_soundscape(data / f"test_soundscapes/soundscape_{number}.ogg", 10.0 + 5 * number, seed=number)
-    notebook = execute(at / "kaggle_submission.ipynb", working, tmp_path / "out.ipynb", input_root=tmp_path / "input")
+    rows = [f"soundscape_{k}_{5 * row}" for k in range(n) for row in range(1, 3 + k)]
+    if n == 1:
+        (working / "timeline").touch()  # in the way of the pictures' folder: the submission stands none the less
+    if n == 3:  # a damaged file is as long as its year's, and the mounts of old and new lead to the same
+        (data / "test_soundscapes/z.ogg").write_bytes(b"no audio")
+        rows += [f"z_{5 * row}" for row in range(1, 13)]
+        for new in (data, at):
+            (tmp_path / "input" / new.name).symlink_to(new, target_is_directory=True)
+    notebook = execute(at / "kaggle_submission.ipynb", working, tmp_path / "out.ipynb", input_root=tmp_path / "input", year="birdclef-2026")
     table, text = pd.read_csv(working / "submission.csv"), printed(notebook)
     assert table.columns.tolist() == ["row_id", "demowl1", "demcuc1", "demdov1"]
-    assert table.row_id.tolist() == [f"soundscape_{k}_{5 * row}" for k in range(n) for row in range(1, 3 + k)]
-    assert "golden example: log-mel within" in text and "submission.csv: valid" in text and f"competition {data}\n" in text and f"bundle {at}\n" in text
+    assert table.row_id.tolist() == rows and (n == 3 or f"competition {data}\n" in text)
+    assert "golden example: log-mel within" in text and "submission.csv: valid" in text and f"bundle {at}\n" in text
     assert precision != "int8" or "int8: the golden example comes to within" in text and text.count(", int8\n") == 1, "the submission is OpenVINO's"
     assert precision != "bf16" or "bf16: the golden example comes to within" in text or "float32 instead of bf16: " in text
     shown = pictures(notebook)
-    assert len(shown) == min(n, 1) and all(picture[..., :3].std() > 0.1 for picture in shown)
+    assert len(shown) == (n == 3) and all(picture[..., :3].std() > 0.1 for picture in shown)
     if n == 3 and not network_can_be_taken_away():
         pytest.skip("the notebook passed, but with a network: unshare -rn is not permitted here")
 

@@ -11,7 +11,7 @@ from matplotlib.image import imread
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix
 
-from src import evaluate, metrics, mistakes
+from src import evaluate, metrics, mistakes, plots
 from src.cache import Cache
 from src.config import AudioConfig
 from src.report import text
@@ -70,6 +70,18 @@ def test_hostile_names_stay_text_and_an_absent_cache_is_said(tmp_path):
         assert len(cells) in (0, 2, 3, 4, 5, 7) and not any(re.match(r"\s*\\?[=+@]|\s*\\?-[^-0-9]", cell) for cell in cells), line
     assert r"'@x\|y\`z.ogg" in report and "<b>" not in report.replace(r"\<b\>", "")
     assert "'-d" in pd.read_csv(tmp_path / "run/per_class.csv").primary_label.tolist()
+
+
+def test_names_from_the_data_are_no_formulas_in_any_picture(tmp_path):
+    name, log_mel, config, estimate = "a$\\frac{$", np.random.default_rng(0).normal(size=(128, 500)), AudioConfig(), (0.5, 0.4, 0.6)
+    pictures = {
+        "timeline": lambda path: plots.timeline(path, log_mel, np.full((2, 1), 0.5), [name], config, row_seconds=5.0, heading=name),
+        "grid": lambda path: plots.spectrogram_grid(path, [log_mel], [name], config, name),
+        "lines": lambda path: plots.lines(path, [(name, {name: [(1.0, *estimate)]})], "x", "heading"),
+        "intervals": lambda path: plots.intervals(path, [(name, [(name, estimate, [0.5])])], "heading", reference=name, foot="foot")}
+    for picture, draw in pictures.items():
+        draw(tmp_path / f"{picture}.png")
+        assert imread(tmp_path / f"{picture}.png").std() > 0.01, picture
 
 
 def test_one_recording_of_one_class(tmp_path, cached):

@@ -177,6 +177,7 @@ def begin_submission(path: Path, soundscapes: list[Soundscape], classes: Sequenc
     file = submission.SubmissionFile(path, [(s.name, s.n_rows) for s in soundscapes], classes, prior)
     if not guard.limited:
         file.write()
+        say(f"{path} holds the prior until rows come")
         return file
     left, began = guard.left(), guard.clock()
     faults = file.write_and_check()

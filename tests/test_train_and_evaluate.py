@@ -2,6 +2,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -73,7 +74,8 @@ def test_finished_folds_are_skipped_and_changed_settings_refused(run, train_flag
 
 def test_one_process_a_fold_ctrl_c_ends_it_and_restart_begins_anew(tmp_path, train_flags, capsys):
     flags = [*train_flags, "--run", str(tmp_path), "--epochs", "1000"]
-    process = subprocess.Popen([sys.executable, "-m", "src.train", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background is deaf to Ctrl-C, and so are its children
+    process = subprocess.Popen([sys.executable, "-m", "src.train", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     for line in process.stdout:
         if "epoch   1:" in line:
             break

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from benchmarks.machine import about
 from src import audio, engines, plots, soundscapes, submission
 from src.config import AudioConfig
-from src.console import UserError, progress, say, stage
+from src.console import UserError, progress, say, stage, usable_cores
 from src.demo_data import RATE, noise
 from src.engines import Engine
 from src.export import write_onnx
@@ -251,7 +251,7 @@ def measure(root: Path, settings: InferenceSettings, threads: int, chosen: list[
 @stage
 def main(argv: list[str] | None = None) -> None:
     settings = parse(InferenceSettings, argv, prog="python -m benchmarks.inference", description=__doc__)
-    threads, chosen = settings.threads or os.cpu_count() or 1, usable_engines(settings.engines)
+    threads, chosen = settings.threads or usable_cores(), usable_engines(settings.engines)
     load = os.getloadavg()[0]
     say(f"{', '.join(settings.models)}; {', '.join(map(str, chosen))}; {threads} thread(s)")
     with tempfile.TemporaryDirectory() as folder:

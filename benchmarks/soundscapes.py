@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from benchmarks.machine import about
 from benchmarks.pooling import window_starts
 from benchmarks.soundscape_report import NAMES, SHOWN, Scored, draw, markdown, measure
 from src import audio, evaluate, plots, submission
-from src.console import UserError, progress, say, stage
+from src.console import UserError, progress, say, stage, usable_cores
 from src.demo_data import write_audio
 from src.metadata import Metadata
 from src.onnx_models import OnnxModel, find_models
@@ -132,7 +131,7 @@ def draw_example(task: Task, scored: Scored, settings: SoundscapeSettings, folde
     log_mel = audio.log_mel(audio.read_waveform(folder / "example.ogg", config.sample_rate), config)[:, :n_frames]
     plots.timeline(folder / "example.png", log_mel, scored.rows(config.window_seconds)[middle], task.model.classes, config,
                    row_seconds=submission.ROW_SECONDS, truth=scored.truth,
-                   heading=f"{plots.plain(settings.run.name)}, fold {task.fold}: composed soundscape, every song at {settings.snr_db[middle]:g} dB")
+                   heading=f"{settings.run.name}, fold {task.fold}: composed soundscape, every song at {settings.snr_db[middle]:g} dB")
 
 
 def digest_of(settings: SoundscapeSettings, model: OnnxModel, hand: pd.DataFrame, noise: list[str]) -> str:
@@ -189,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = parse(SoundscapeSettings, argv, prog="python -m benchmarks.soundscapes", description=__doc__)
     if settings.seconds < 30 or min(settings.per_fold, settings.events, settings.resamples) < 1 or not settings.snr_db:
         raise UserError("--seconds is at least 30, --per-fold, --events and --resamples at least 1, and --snr-db names at least one ratio")
-    threads, out = settings.threads or os.cpu_count() or 1, settings.run / "soundscapes"
+    threads, out = settings.threads or usable_cores(), settings.run / "soundscapes"
     tasks, background = plan(settings, threads)
     say(f"{len(tasks)} soundscapes of {settings.seconds:g} s at {', '.join(f'{snr:g}' for snr in settings.snr_db)} dB; "
         f"background: {background}; {threads} CPU thread(s)")

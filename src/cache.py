@@ -17,7 +17,7 @@ import pandas as pd
 
 from . import audio
 from .config import AudioConfig, differences
-from .console import UserError, begin_worker, progress, say, stage
+from .console import UserError, begin_worker, progress, say, stage, usable_cores
 from .metadata import read_csv, read_metadata
 from .settings import parse
 from .storage import owned, safe_cell, sha256, sync_folder, write_json, write_table, write_text
@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
         say(f"{out}: {len(cache.names) - len(broken)} of {len(cache.names)} recordings are intact")
         return int(bool(broken))
     table = read_metadata(settings.data, settings.metadata).table
-    workers = settings.workers or os.cpu_count() or 1
+    workers = settings.workers or usable_cores()
     say(f"{len(table)} recordings with {workers} process(es); recipe: {settings.audio}")
     cache = build(table, out, settings.audio, workers=workers, restart=settings.restart)
     frames = sum(map(cache.n_frames, cache.names))

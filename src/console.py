@@ -57,6 +57,11 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def usable_cores() -> int:
+    """Those of the CPU that this process may use, which a batch system or taskset makes fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def is_first_process() -> bool:
     """Of those that `accelerate launch` or torchrun started; the others keep quiet."""
     return os.environ.get("RANK", "0") == "0"

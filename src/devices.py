@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .console import UserError
+from .console import UserError, usable_cores
 from .models.torchvision_guard import import_timm
 
 
@@ -44,7 +44,7 @@ def start(*, device: str, precision: str, accumulate: int, threads: int):
     accelerator = Accelerator(cpu=chosen.type == "cpu", mixed_precision="no" if precision == "fp32" else precision,
                               gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate, sync_with_dataloader=False))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // here))
+    torch.set_num_threads(threads or max(1, usable_cores() // here))
     return accelerator
 
 
@@ -75,7 +75,7 @@ def choose_device(name: str) -> torch.device:
 def loader_workers(wanted: int, *, on_gpu: bool, processes: int = 1) -> int:
     """Loader processes of each training process: what is wanted, or where that is -1 none on a CPU, one a core (at most 16) beside a GPU."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # of them on this machine
-    return wanted if wanted >= 0 else min(16, max(1, (os.cpu_count() or 1) // here)) if on_gpu else 0
+    return wanted if wanted >= 0 else min(16, max(1, usable_cores() // here)) if on_gpu else 0
 
 
 class Later:

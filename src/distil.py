@@ -17,10 +17,9 @@ from .evaluate import out_of_fold
 from .export import load_model
 from .metadata import read_metadata
 from .predict import predict
-from .run_config import fold_folders
 from .settings import parse
 from .soft_labels import UNSEEN
-from .storage import write_table
+from .storage import fold_folders, write_table
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def unseen(settings: DistilSettings, config: dict, known: set[str]) -> pd.DataFr
     accelerator = devices.start(device=settings.device, precision="auto", accumulate=1, threads=0)
     found = []
     for run in settings.run:
-        for folder in fold_folders(run):
+        for folder in fold_folders(run, "weights.safetensors"):
             model, teacher = load_model(folder)
             if changed := differences(teacher["audio"], cache.config.to_dict()):
                 raise UserError(f"{cache.folder} holds another recipe than {run} was trained on ({'; '.join(changed)}); name its --cache")

@@ -17,9 +17,9 @@ from .config import differences
 from .console import UserError, say, stage
 from .metadata import Metadata, read_csv, read_metadata, targets
 from .metrics import NAMES
-from .run_config import comparable, fold_folders, read_config
+from .run_config import comparable, read_config
 from .settings import parse
-from .storage import safe_cell, write_table
+from .storage import fold_folders, safe_cell, write_table
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def out_of_fold(run: Path, data: tuple[Path, ...], metadata: Path | None) -> tup
 
     Raises UserError where no fold is finished, their settings differ, or a recording is held out twice.
     """
-    folders = fold_folders(run)
+    folders = fold_folders(run, "weights.safetensors")
     if not folders:
         raise UserError(f"{run} holds no finished fold; train one with python -m src.train --run {run}")
     configs = [read_config(folder) for folder in folders]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import sys
 from collections import Counter
@@ -20,7 +19,7 @@ from . import cache as cache_stage
 from . import folds as fold_stage
 from .cache import Cache
 from .config import AudioConfig
-from .console import UserError, progress, say, stage
+from .console import UserError, progress, say, stage, usable_cores
 from .devices import device_name
 from .experiment_report import stem_of, write_report
 from .experiment_results import FLOATS, SPEED, Cell, Results, read_table
@@ -168,7 +167,7 @@ class Plan:
 
 
 def share_of_machine(settings: ExperimentSettings) -> tuple[object, ...]:
-    cores = max(1, (os.cpu_count() or 1) // settings.jobs)
+    cores = max(1, usable_cores() // settings.jobs)
     return ("--threads", cores, "--workers", 0 if settings.device == "cpu" else min(8, cores))
 
 
@@ -210,7 +209,7 @@ def train_all(plan: Plan, results: Results) -> list[Job]:
 
 def measure_speed(settings: ExperimentSettings, tables: list[Table]) -> None:
     """Adds what is missing in experiments_speed.csv."""
-    file, threads = settings.results / "experiments_speed.csv", os.cpu_count() or 1
+    file, threads = settings.results / "experiments_speed.csv", usable_cores()
     speeds = read_table(file, SPEED)
     networks = {row.network(): row for table in tables for row in table.rows}
     for network in progress([name for name in networks if name not in set(speeds.network)], what="speed", unit="model"):
@@ -226,7 +225,7 @@ def completed(settings: ExperimentSettings) -> ExperimentSettings:
     if not settings.tables:
         raise UserError(f"name one or more of {', '.join(TABLES)}, or all")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     jobs = settings.jobs or max(1, min(8, cores if device == "cpu" else cores // 2))
     tables = dict.fromkeys(name for table in settings.tables for name in (PAPER if table == "all" else (table,)))
     return replace(settings, device=device, jobs=jobs, tables=tuple(tables))

@@ -22,9 +22,9 @@ from .console import UserError, say, stage
 from .dataset import to_log_mel
 from .models import ModelSettings, create_model
 from .models.asca import AscaSettings, MBConv
-from .run_config import fold_folders, read_config
+from .run_config import read_config
 from .settings import parse
-from .storage import atomic, sha256, write_text
+from .storage import atomic, fold_folders, sha256, write_text
 
 LOGIT_BOUND, PROBABILITY_BOUND = 1e-4, 1e-5  # the first times max(1, the largest logit)
 OPSET = 20
@@ -136,7 +136,7 @@ def _unchanged(out: Path) -> bool:
 @stage
 def main(argv: list[str] | None = None) -> None:
     settings = parse(ExportSettings, argv, prog="python -m src.export", description=__doc__)
-    trained = {folder.name.removeprefix("fold"): folder for folder in fold_folders(settings.run)}
+    trained = {folder.name.removeprefix("fold"): folder for folder in fold_folders(settings.run, "weights.safetensors")}
     if not trained:
         raise UserError(f"{settings.run} holds no finished fold; train one with python -m src.train --run {settings.run}")
     wanted = list(trained) if settings.fold == ("all",) else list(settings.fold)

@@ -118,7 +118,7 @@ class FoldTraining:
         write_table(self.folder / "history.csv", history, float_format="%.9g")
         if self.settings.pictures and (finished or time.monotonic() - self.drawn > SECONDS_BETWEEN_CURVES):
             self.drawn = time.monotonic()
-            plots.curves(self.folder / "curves.png", history, f"{plots.plain(self.settings.run.name)}, fold {self.fold}", self.settings.loss)
+            plots.curves(self.folder / "curves.png", history, f"{self.settings.run.name}, fold {self.fold}", self.settings.loss)
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -259,7 +259,7 @@ class FoldTraining:
         for row in target.cpu().numpy()[:16]:
             titles.append(" + ".join(f"{self.classes[c]} {row[c]:.2f}" for c in np.argsort(-row)[:3] if row[c] > 0))
         plots.spectrogram_grid(self.folder / "first_batch.png", list(log_mel[:16, 0].cpu().numpy()), titles, self.cache.config,
-                               f"{plots.plain(self.settings.run.name)}, fold {self.fold}: the first batch as the network sees it")
+                               f"{self.settings.run.name}, fold {self.fold}: the first batch as the network sees it")
 
     def finish(self) -> None:
         """Out-of-fold predictions, golden windows, and the weights last: where they lie, the fold is done."""

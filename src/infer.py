@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from . import competitions, detections, engines, submission
-from .console import UserError, say, stage
+from .console import UserError, say, stage, usable_cores
 from .deadline import Guard
 from .onnx_models import OnnxModel, find_models
 from .scoring import TIME_WAS_UP, Ensemble, score
@@ -101,18 +100,13 @@ def check_options(options: argparse.Namespace) -> None:
         raise UserError(f"--started {options.started:.0f} lies in the future or is no time; it is seconds since 1970, as `date +%s` prints")
 
 
-def cores() -> int:
-    """Those that this process may use, which a batch system or taskset makes fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @stage
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     check_options(options)
     if options.check:
         return report(options)
-    threads, engine = options.threads or cores(), engines.choose(options.engine, options.precision)
+    threads, engine = options.threads or usable_cores(), engines.choose(options.engine, options.precision)
     soundscapes = find_soundscapes(options.soundscapes, options.expected_seconds, recursive=options.recursive)
     models = find_models(options.run, threads, engine)
     classes = choose_columns(models, options.sample, options.soundscapes)

@@ -32,9 +32,9 @@ from .console import UserError, say
 from .metadata import read_csv, read_metadata
 from .models import create_model
 from .models.asca import AscaSettings
-from .run_config import comparable, fold_folders, read_config
+from .run_config import comparable, read_config
 from .settings import flatten
-from .storage import sha256
+from .storage import fold_folders, sha256
 from .train_settings import TrainSettings
 
 PREFIXES = ("network.", "network.vit.", "network.trunk.", "")  # a timm-like network, AST's trunk, PSLA's trunk, a whole model of ours
@@ -74,7 +74,7 @@ def weights_of(init: Path, fold: int) -> tuple[Path, Path | None]:
     if init.is_file():
         ours = init.name == "weights.safetensors" and (init.parent / "config.yaml").exists()
         return init, init.parent if ours else None
-    folders = [init] if (init / "weights.safetensors").exists() else fold_folders(init)
+    folders = [init] if (init / "weights.safetensors").exists() else fold_folders(init, "weights.safetensors")
     same = [folder for folder in folders if folder.name == f"fold{fold}"]
     if len(same or folders) != 1:
         found = f"the folds {', '.join(folder.name for folder in folders)}, but not fold{fold}" if folders else "no finished fold"

@@ -16,7 +16,7 @@ import onnxruntime
 from .config import AudioConfig
 from .console import UserError
 from .engines import Engine, Runner, open_runner, require_verdict
-from .storage import sha256
+from .storage import fold_folders, sha256
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,7 @@ def find_models(runs: Sequence[Path], threads: int, engine: Engine = Engine()) -
     """
     models = []
     for run in runs:
-        folders = sorted(run.glob("fold*"), key=lambda folder: (len(folder.name), folder.name))  # fold10 after fold9
-        folders = [folder for folder in folders if (folder / "model.onnx").exists() or (folder / "weights.safetensors").exists()]
+        folders = fold_folders(run, "model.onnx", "weights.safetensors")
         if not folders:
             raise UserError(f"{run} holds no trained fold; train one with python -m src.train --run {run}")
         of_run = [_open(folder, threads, engine) for folder in folders]

@@ -62,7 +62,7 @@ def spectrogram_grid(path: Path, log_mels: Sequence[np.ndarray], titles: Sequenc
 def curves(path: Path, history: pd.DataFrame, heading: str, loss_name: str) -> None:
     """Loss, held-out scores and learning rate over the epochs."""
     figure = Figure(figsize=(13, 3.6), layout="constrained")
-    figure.suptitle(heading)
+    figure.suptitle(plain(heading, 200))
     loss, scores, rate = figure.subplots(1, 3)
     validated = history.dropna(subset="valid_loss")
     loss.plot(history.epoch, history.train_loss, label="training (augmented)")
@@ -81,7 +81,7 @@ def curves(path: Path, history: pd.DataFrame, heading: str, loss_name: str) -> N
 def curves_of_folds(path: Path, histories: dict[int, pd.DataFrame], heading: str) -> None:
     """Losses and held-out scores over the epochs: one line a fold, their mean in black."""
     figure = Figure(figsize=(14, 3.6), layout="constrained")
-    figure.suptitle(heading)
+    figure.suptitle(plain(heading, 200))
     titles = {"train_loss": "training loss (augmented)", "valid_loss": "held-out loss", "valid_top1": "held-out top-1", "valid_macro_ap": "held-out macro AP"}
     mean = pd.concat(histories.values()).groupby("epoch").mean()
     for axes, (column, title) in zip(figure.subplots(1, 4), titles.items()):
@@ -100,7 +100,7 @@ def curves_of_folds(path: Path, histories: dict[int, pd.DataFrame], heading: str
 def reliability_diagram(path: Path, curves: dict[str, Reliability], heading: str) -> None:
     """What share of the predictions in each bin of probability was true, with 95 % intervals (Wilson), and how many there are."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
-    figure.suptitle(heading)
+    figure.suptitle(plain(heading, 200))
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     top.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="a probability that means what it says")
     for number, (name, curve) in enumerate(curves.items()):
@@ -130,7 +130,7 @@ def confusion_matrix(path: Path, counts: np.ndarray, shown: np.ndarray, classes:
         cells, columns = np.hstack([cells, total - cells.sum(axis=1, keepdims=True)]), [*names, "all others"]
     side = max(5.0, 0.36 * len(shown) + 2.5)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
-    figure.suptitle(heading)
+    figure.suptitle(plain(heading, 200))
     axes = figure.subplots()
     share = cells / np.maximum(total, 1)
     image = axes.imshow(share, aspect="auto", cmap="Blues", vmin=0, vmax=1)
@@ -146,7 +146,7 @@ def confusion_matrix(path: Path, counts: np.ndarray, shown: np.ndarray, classes:
 def spectrogram_pairs(path: Path, pairs: Sequence[Sequence[tuple[np.ndarray | None, str]]], config: AudioConfig, heading: str) -> None:
     """One row a pair: two windows (n_mels, frames) dB, or None, each under its title."""
     figure = Figure(figsize=(14, 2.3 * len(pairs) + 0.6), layout="constrained")
-    figure.suptitle(heading)
+    figure.suptitle(plain(heading, 200))
     for line, pair in zip(figure.subplots(len(pairs), 2, squeeze=False), pairs):
         for axes, (log_mel, title) in zip(line, pair):
             axes.set_title(title, fontsize=9, loc="left")
@@ -164,7 +164,7 @@ def per_class_chart(path: Path, table: pd.DataFrame, heading: str) -> None:
     """AP of every class, best to worst, and against its number of recordings. Columns: primary_label, ap, recordings."""
     table = table.dropna(subset="ap").sort_values("ap", ascending=False)
     figure = Figure(figsize=(14, 4.5), layout="constrained")
-    figure.suptitle(heading)
+    figure.suptitle(plain(heading, 200))
     bars, scatter = figure.subplots(1, 2, width_ratios=(3, 1))
     bars.bar(range(len(table)), table.ap, width=0.9)
     if len(table) <= 60:
@@ -189,7 +189,7 @@ def intervals(path: Path, panels: Sequence[tuple[str, Sequence[tuple[str, tuple[
     names, columns = [name for name, *_ in panels[0][1]], min(4, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(3 + 2.8 * columns, 1.4 + rows * (0.6 + 0.3 * len(names))), layout="constrained")
-    figure.suptitle(heading)
+    figure.suptitle(plain(heading, 200))
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
@@ -213,7 +213,7 @@ def intervals(path: Path, panels: Sequence[tuple[str, Sequence[tuple[str, tuple[
 def lines(path: Path, panels: Sequence[tuple[str, dict[str, Sequence[tuple[float, float, float, float]]]]], x_label: str, heading: str) -> None:
     """Panels side by side of lines with intervals: line -> (x, value, low, high)."""
     figure = Figure(figsize=(1 + 4.2 * len(panels), 4.4), layout="constrained")
-    figure.suptitle(heading)
+    figure.suptitle(plain(heading, 200))
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for number, (name, points) in enumerate(curves.items()):
             x, value, low, high = np.array(points, float).T

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import tyro
 
 from . import engines, metrics
 from .cache import Cache
-from .console import UserError, progress, say, stage
+from .console import UserError, progress, say, stage, usable_cores
 from .dataset import HeldOutWindows, to_log_mel
 from .engines import MACRO_AP_BOUND, Engine
 from .evaluate import open_cache, out_of_fold, truth_of
@@ -97,7 +96,7 @@ def compare(reference: np.ndarray, candidate: np.ndarray, places: np.ndarray, tr
 def main(argv: list[str] | None = None) -> int:
     settings = parse(PrecisionSettings, argv, prog="python -m src.precision", description=__doc__)
     engine = engines.choose("openvino", settings.precision)
-    threads = settings.threads or os.cpu_count() or 1
+    threads = settings.threads or usable_cores()
     folds, metadata, config = out_of_fold(settings.run, settings.data, settings.metadata)
     cache, why_not = open_cache(settings.cache, config)
     if cache is None:

@@ -124,14 +124,14 @@ def training(oof: OutOfFold) -> list[str]:
     histories = {fold: pd.read_csv(file) for fold in oof.configs if (file := oof.run / f"fold{fold}/history.csv").exists()}
     if not histories:
         return ["## Training", "", "No fold has a history.csv.", ""]
-    plots.curves_of_folds(oof.run / "training.png", histories, f"{plots.plain(oof.run.name)}: training, fold by fold")
+    plots.curves_of_folds(oof.run / "training.png", histories, f"{oof.run.name}: training, fold by fold")
     return ["## Training", "", "Held out: the first window of each recording. Nothing is selected on it: the last epoch's weights, or their moving average "
             "where it is on, are used.",
             *picture("training.png", "loss and held-out scores over the epochs")]
 
 
 def classes(oof: OutOfFold, per_class: pd.DataFrame) -> list[str]:
-    plots.per_class_chart(oof.run / "per_class.png", per_class, f"{plots.plain(oof.run.name)}: out-of-fold average precision per class")
+    plots.per_class_chart(oof.run / "per_class.png", per_class, f"{oof.run.name}: out-of-fold average precision per class")
     ranked = per_class.dropna(subset="ap").sort_values("ap", ascending=False, kind="stable")
     unscored = per_class.primary_label[per_class.ap.isna()].tolist()
     parts = [("Best to worst:", ranked)]
@@ -153,7 +153,7 @@ def calibration(oof: OutOfFold) -> list[str]:
     row, likeliest = np.arange(len(truth)), probability.argmax(axis=1)
     curves = {"every class of every recording": metrics.reliability(truth.ravel(), probability.ravel()),
               "each recording's likeliest class": metrics.reliability(truth[row, likeliest], probability[row, likeliest])}
-    plots.reliability_diagram(oof.run / "calibration.png", curves, f"{plots.plain(oof.run.name)}: what an out-of-fold probability means")
+    plots.reliability_diagram(oof.run / "calibration.png", curves, f"{oof.run.name}: what an out-of-fold probability means")
     errors = "; ".join(f"{name} {curve.error:.3f}" for name, curve in curves.items())
     rows = []
     for threshold in THRESHOLDS:
@@ -172,7 +172,7 @@ def confusions(oof: OutOfFold) -> list[str]:
     matrix = mistakes.confusion(primary, mistakes.taken_for(oof.truth, oof.probability, primary), len(names))
     pairs, shown = mistakes.confused_pairs(matrix, names), mistakes.shown_classes(matrix, MATRIX_CLASSES)
     part = "" if matrix.sum() == matrix[np.ix_(shown, shown)].sum() else f", the {len(shown)} classes of the most confused pairs"
-    plots.confusion_matrix(oof.run / "confusions.png", matrix, shown, names, f"{plots.plain(oof.run.name)}: out of fold{part}")
+    plots.confusion_matrix(oof.run / "confusions.png", matrix, shown, names, f"{oof.run.name}: out of fold{part}")
     lines = ["## Confused pairs", "", f"Taken for a class that is not theirs: {int(pairs.recordings.sum()):,} of {count(len(primary), 'recording')}.",
              *picture("confusions.png", "confusion matrix")]
     if len(pairs):
@@ -216,4 +216,4 @@ def draw_mistakes(oof: OutOfFold, drawn: pd.DataFrame, windows: dict[str, tuple[
             right = log_mel, f"{plots.plain(oof.names.iloc[row], 40)} from {start:.1f} s\n{wrong} as recognised: {oof.probability[row, m.wrong]:.2g}"
         pairs.append((left, right))
     plots.spectrogram_pairs(oof.run / "mistakes.png", pairs, oof.cache.config,
-                            f"{plots.plain(oof.run.name)}: worst mistakes (left) beside a recognised recording of what they were taken for (right)")
+                            f"{oof.run.name}: worst mistakes (left) beside a recognised recording of what they were taken for (right)")

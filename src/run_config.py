@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -40,12 +39,6 @@ def read_config(folder: Path) -> dict:
         raise UserError(f"{folder} holds no config.yaml: no fold was trained there; see python -m src.train") from None
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'config.yaml'} is damaged: {error}") from error
-
-
-def fold_folders(run: Path) -> list[Path]:
-    """A run's finished folds, in the order of their numbers; a fold3_backup is none."""
-    finished = [folder for folder in run.glob("fold*") if re.fullmatch(r"fold\d+", folder.name) and (folder / "weights.safetensors").exists()]
-    return sorted(finished, key=lambda folder: int(folder.name[4:]))
 
 
 def versions() -> dict[str, str]:

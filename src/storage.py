@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,6 +116,12 @@ def owned(folder: Path | str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def fold_folders(run: Path, *files: str) -> list[Path]:
+    """A run's folds that hold any of these files, in the order of their numbers; a fold3_backup is none."""
+    folds = [folder for folder in run.glob("fold*") if re.fullmatch(r"fold\d+", folder.name) and any((folder / file).exists() for file in files)]
+    return sorted(folds, key=lambda folder: int(folder.name[4:]))
 
 
 def safe_cell(text: str) -> str:

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import soundfile
 import torch
@@ -72,7 +73,7 @@ def test_killed_and_run_again_gives_the_same_cache(tmp_path):
             break
         assert not (out / "cache.json").exists()
         until = time.monotonic() + 10
-        while (left := subprocess.run(["pgrep", "-f", str(out)], stdout=subprocess.DEVNULL).returncode == 0) and time.monotonic() < until:
+        while (left := [p for p in psutil.process_iter(["cmdline"]) if str(out) in (p.info["cmdline"] or [])]) and time.monotonic() < until:
             time.sleep(0.05)
         assert not left, "a worker has outlived the stage"
     assert kill >= 1, "the cache was built before it could be killed"

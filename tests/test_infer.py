@@ -11,14 +11,10 @@ import onnxruntime
 import pandas as pd
 import pytest
 import soundfile
-from hypothesis import given
-from hypothesis import strategies as st
 
 from src import audio, cache, checkpoint, export, infer, onnx_models, submission, timeline, train
 from src.config import AudioConfig
-from src.console import UserError
 from src.metadata import read_csv
-from src.soundscapes import WindowStream, find_soundscapes
 from src.storage import sha256
 from tests.conftest import make_soundscape, waveform
 
@@ -74,26 +70,6 @@ def test_overlapping_windows_keep_the_rows(tmp_path, run, soundscapes):
     assert (highest >= np.maximum(one, overlapped) - 1e-6).to_numpy().all() and (highest > overlapped + 1e-5).to_numpy().any()
 
 
-@given(n=st.integers(1, 40), window=st.sampled_from([2.0, 5.0, 10.0]), hop=st.sampled_from([1.0, 2.0, 2.5, 5.0]))
-def test_windows_cover_every_row_and_rows_are_means_by_overlap_or_maxima(n, window, hop):
-    starts = submission.window_starts(n, window, min(hop, window))
-    probability = np.arange(len(starts), dtype=float)[:, None]
-    rows = submission.rows_from_windows(probability, starts, window, n)
-    highest = submission.rows_from_windows(probability, starts, window, n, "max")
-    grid = np.arange(0, n * 5, 0.5) + 0.25  # an independent integral: the mean over half seconds of the windows above each
-    for k in range(n):
-        weights = np.array([sum(s <= t < s + window for t in grid[10 * k : 10 * k + 10]) for s in starts], float)
-        assert rows[k, 0] == pytest.approx((weights @ probability[:, 0]) / weights.sum(), abs=1e-4)
-        assert highest[k, 0] == probability[weights >= weights.max() / 2].max()
-    if window == 5.0 == hop:
-        assert rows[:, 0].tolist() == list(range(n))
-
-
-@pytest.mark.parametrize(("seconds", "rows"), [(0.01, 1), (4, 1), (7.6, 2), (599.9, 120), (600.02, 120), (602.6, 121)])
-def test_row_rule(seconds, rows):
-    assert submission.n_rows(seconds) == rows
-
-
 def test_damaged_soundscapes_get_the_prior_and_leave_the_others_alone(tmp_path, run, soundscapes, capsys):
     good = score(run, soundscapes, tmp_path / "good.csv")
     folder = tmp_path / "mixed"
@@ -133,34 +109,6 @@ def test_a_window_without_a_finite_number_costs_its_own_row_alone_and_is_listed(
     assert failures.filename.tolist() == ["a_1.ogg", "c.ogg"] and set(failures.cause) == {"the model gave no finite number"}
     rows = submission.rows_from_windows(np.array([[0.2], [np.inf], [0.4]]), np.array([0.0, 2.5, 5.0]), 5.0, 2)
     np.testing.assert_allclose(rows, [[0.2], [0.4]], rtol=1e-6)
-
-
-def test_a_header_that_promises_hours_costs_no_memory():
-    config, sound, starts = AudioConfig(), waveform(12), submission.window_starts(7200, 5.0, 2.5)
-    honest, boastful = (WindowStream(config, at) for at in (starts[:5], starts))
-    windows, first = boastful.push(sound) + boastful.finish(), honest.push(sound) + honest.finish()
-    assert len(first) == 5 and len(windows) == 7, "all that begin less than a row behind the end"
-    np.testing.assert_array_equal(windows[:5], first)
-
-
-def test_names_that_are_no_text_are_refused_before_any_work(tmp_path):
-    try:
-        (tmp_path / os.fsdecode(b"caf\xe9.wav")).touch()
-    except OSError:
-        pytest.skip("this file system takes no such name")
-    with pytest.raises(UserError, match=r"caf\\udce9.wav.*is not UTF-8.*rename"):
-        find_soundscapes(tmp_path, 60)
-
-
-def test_linked_folders_are_entered_once(tmp_path):
-    season, card = tmp_path / "season", tmp_path / "card"
-    for path in (season / "day/a.wav", season / ".trash/b.wav", card / "c.wav", card / "deep/d.wav"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, waveform(1), 32_000)
-    for link, to in ((season / "card", card), (season / "card again", card), (season / "a day", season / "day"), (card / "loop", season), (card / "own", card)):
-        link.symlink_to(to, target_is_directory=True)
-    assert [s.name for s in find_soundscapes(season, 60, recursive=True)] == ["card/c", "card/deep/d", "day/a"]
-    assert find_soundscapes(season, 60) == []
 
 
 def test_empty_and_missing_folders(tmp_path, run, capsys):

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +33,12 @@ from src.console import UserError, progress, say, stage, usable_cores
 from src.demo_data import RATE, noise
 from src.engines import Engine
 from src.export import write_onnx
-from src.models import ModelSettings, create_model
-from src.models.asca import ACTIVATIONS, AscaSettings
+from src.models import create_model
+from src.models.asca import ACTIVATIONS
 from src.network_cost import count_gmacs, made_log_mel, settle
 from src.settings import parse
 from src.storage import sha256, write_json, write_text
+from src.train_settings import TrainSettings
 
 WINDOWS, FILE_WINDOWS, N_CLASSES, GEMM_SIDE = 24_000, 120, 264, 1536
 PARTS = {"start": "0.75", "decode": "C0", "log-mel": "C1", "model": "C2"}  # and their colours
@@ -45,7 +46,7 @@ PARTS = {"start": "0.75", "decode": "C0", "log-mel": "C1", "model": "C2"}  # and
 
 @dataclass(frozen=True)
 class InferenceSettings:
-    models: tuple[str, ...] = ("asca_test", "asca_nano", "asca_nano:gelu_tanh", "asca_nano:silu", "asca_nano:relu", "asca_0", "asca_0x5",
+    models: tuple[str, ...] = ("asca_test", "asca_nano", "asca_nano:gelu", "asca_nano:silu", "asca_nano:relu", "asca_0", "asca_0x5",
                                "efficientnet_b0", "eca_nfnet_l0", "tf_efficientnetv2_s")
     engines: tuple[str, ...] = ()
     """<engine>:<precision>; by default onnxruntime:f32 and, where OpenVINO is installed, its f32 and (where the CPU has it) bf16."""
@@ -75,11 +76,13 @@ def make_run(folder: Path, spec: str) -> float:
     found = re.fullmatch(rf"(\w+?)(?::({'|'.join(ACTIVATIONS)}))?(?:x(\d+))?", spec)
     if not found:
         raise UserError(f"--models {spec}: a model is <name>[:<activation>][x<folds>], an activation one of {', '.join(ACTIVATIONS)}")
-    name, activation, n_folds = found[1], found[2] or "gelu", int(found[3] or 1)
+    name, network, n_folds = found[1], TrainSettings().network, int(found[3] or 1)  # as src.train makes it
+    if found[2]:
+        network = replace(network, asca=replace(network.asca, activation=found[2]))
     config = AudioConfig()
     torch.manual_seed(0)
     log_mel = made_log_mel(2, config)
-    model = settle(create_model(name, N_CLASSES, config, ModelSettings(asca=AscaSettings(activation=activation))), log_mel)
+    model = settle(create_model(name, N_CLASSES, config, network), log_mel)
     facts = {"audio": json.dumps(config.to_dict()), "classes": json.dumps([f"c{n}" for n in range(N_CLASSES)]), "prior": json.dumps([0.01] * N_CLASSES)}
     for fold in range(n_folds):
         path = folder / f"fold{fold}" / "model.onnx"

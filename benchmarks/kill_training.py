@@ -4,7 +4,7 @@
 
 Makes a small data set, trains one fold of three epochs without interruption (moving average on, a quarter of the crops on the
 waveform path), then again and again with one SIGKILL at a moment drawn over that training's length, and compares every file it
-leaves. Then trains it with two processes. Writes benchmarks/results/kill_training.md.
+leaves. Writes benchmarks/results/kill_training.md.
 """
 
 from __future__ import annotations
@@ -17,13 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from benchmarks.machine import about
-from src import metrics
 from src.console import UserError, progress, say, stage
 from src.demo_data import make_recordings, noise, write_audio
-from src.metadata import read_metadata, targets
 from src.settings import parse
 from src.storage import write_text
 
@@ -52,20 +49,6 @@ def kill_once(command: list[str], after: float) -> str:
         process.kill()
         epochs = process.communicate()[0].count("crops/s")
         return f"{epochs} epochs saved" if epochs else "in the first epoch or before it"
-
-
-def two_processes(train: list[str], alone: Path, run: Path, data: Path) -> list[str]:
-    """Trains with two processes; out-of-fold rows and scores beside those of one."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "src.train", "--"]
-    subprocess.run([*launch, *train[3:], "--run", str(run), "--device", "cpu"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    tables = [pd.read_csv(folder / "fold0/oof.csv") for folder in (alone, run)]
-    if tables[0].filename.tolist() != tables[1].filename.tolist():
-        raise UserError("two processes scored other recordings than one")
-    metadata = read_metadata([data])
-    truth = targets(metadata.table.set_index("filename").loc[tables[0].filename].reset_index(), metadata.classes)[0]
-    scores = [metrics.score(truth, table[list(metadata.classes)].to_numpy()) for table in tables]
-    return ["", "## Two processes against one", "", f"The same {len(truth)} out-of-fold rows, in the same order.", "", "| | one | two |", "|---|---|---|",
-            *(f"| {metrics.NAMES[name]} | {scores[0][name]} | {scores[1][name]} |" for name in scores[0])]
 
 
 @stage
@@ -97,7 +80,6 @@ def main(argv: list[str] | None = None) -> None:
                  f"**{equal} of {settings.kills}** equal the uninterrupted training bit for bit: weights, out-of-fold table, history, golden windows; no "
                  f"temporary file is left. {settings.epochs} epochs, one thread, moving average and waveform augmentation on.", "",
                  "| kill | moment, share of the uninterrupted time | it had reached | equal |", "|---|---|---|---|", *rows]
-        lines += two_processes(train, root / "alone", root / "two", data)
     write_text(Path("benchmarks/results/kill_training.md"), "\n".join([*lines, ""]))
     say("\n".join(lines))
     if equal < settings.kills:

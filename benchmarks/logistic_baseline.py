@@ -47,7 +47,7 @@ def out_of_fold(data: tuple[Path, ...], metadata_file: Path | None, folds_file: 
     x = np.stack([features(cache, name) for name in table.filename])
     probability = pd.DataFrame(0.0, table.filename, list(metadata.classes))
     for fold in sorted(set(folds[folds >= 0])):
-        training, held_out = folds != fold, folds == fold
+        training, held_out = (folds != fold) & (folds != -2), folds == fold
         model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=2000))
         model.fit(x[training], table.primary_label[training])
         probability.loc[table.filename[held_out], list(model.classes_)] = model.predict_proba(x[held_out])

@@ -212,7 +212,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(settings.threads)
     folds, cache = prepare(settings)
     metadata, fold_of = read_metadata((settings.data,), settings.metadata), read_folds(folds)
-    table = metadata.table[metadata.table.filename.isin(Cache(cache).names)].reset_index(drop=True)
+    chosen = metadata.table.filename.isin(Cache(cache).names) & (metadata.table.filename.map(fold_of) != -2)  # -2: left out
+    table = metadata.table[chosen].reset_index(drop=True)
     device = devices.choose_device(settings.device)
     workers = devices.loader_workers(settings.workers, on_gpu=device.type == "cuda")
     say(f"{len(table)} recordings, {len(metadata.classes)} classes, folds {', '.join(map(str, settings.fold))}; {settings.threads} CPU threads")

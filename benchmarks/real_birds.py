@@ -48,7 +48,7 @@ def paired_gain(target: np.ndarray, ours: np.ndarray, theirs: np.ndarray, resamp
     weights = metrics.bootstrap_weights(len(target), resamples)
     gain = {"top1": (metrics.top1(target, ours) - metrics.top1(target, theirs)) @ weights / len(target),
             "macro_ap": metrics.mean_known(metrics.per_class(target, ours, weights)[0]) - metrics.mean_known(metrics.per_class(target, theirs, weights)[0])}
-    return {name: metrics.Estimate(float(v[0]), *np.percentile(v[1:], [2.5, 97.5])) for name, v in gain.items()}
+    return {name: metrics.estimate(v, -1) for name, v in gain.items()}
 
 
 @stage

@@ -26,6 +26,7 @@ EPSILON = 1e-10  # added to the power: silence becomes -100 dB, not -inf
 BLOCK_FRAMES = 125  # spectrogram frames computed at once: their arrays stay in a core's cache and on the heap, which halves the time
 BLOCK_SECONDS = 2.0  # decoded at once: stays in the cache too
 UNKNOWN_SIZES = (range(0x7FFF0000, 0x80000001), range(0xFFFF0000, 0x100000000))  # in a WAV whose writer could not know its length: it was a pipe
+MAX_RATE = 2_000_000  # Hz; recorders of bats reach 500,000
 MIN_BYTES_PER_SECOND = 8  # a header that claims more audio than this per byte of file is damaged
 
 
@@ -52,8 +53,9 @@ def read_header(path: Path | str) -> Header:
     except (soundfile.LibsndfileError, OSError, RuntimeError, TypeError) as error:
         raise DamagedAudio(_cause(path, error)) from error
     if header.n_samples <= 0:
-        raise DamagedAudio("no samples")
-    if header.sample_rate < 1000 or header.seconds > size / MIN_BYTES_PER_SECOND + 1:
+        raise DamagedAudio("no samples" if size < 1000 else f"the header counts no samples in {size} bytes: the file was not closed; "
+                           "ffmpeg -i OLD NEW recovers what it holds")
+    if not 1000 <= header.sample_rate <= MAX_RATE or header.seconds > size / MIN_BYTES_PER_SECOND + 1:
         raise DamagedAudio(f"header claims {header.seconds:.0f} s at {header.sample_rate} Hz in {size} bytes")
     return header
 

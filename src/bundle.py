@@ -113,25 +113,31 @@ def kaggle_tags() -> frozenset[Tag]:
 
 
 def write_wheels(wheels: Path, out: Path, engine: Engine) -> None:
-    files, tags = sorted(wheels.glob("*.whl")), kaggle_tags()
+    files, tags, versions = sorted(wheels.glob("*.whl")), kaggle_tags(), {}
     for file in files:
         try:
-            fits = not tags.isdisjoint(parse_wheel_filename(file.name)[3])
+            package, number, _, own = parse_wheel_filename(file.name)
         except InvalidWheelFilename:
-            fits = False
-        if not fits:
+            own = frozenset()
+        if tags.isdisjoint(own):
             raise UserError(f"--wheels: {file} is none for Kaggle's Python {KAGGLE_PYTHON} and {PLATFORM}; delete it and run: {download_command(engine)}")
-    for start in ("onnxruntime-", *([f"openvino-{version('openvino')}-"] if engine.lossy else [])):  # a verdict holds for one version
-        if not any(file.name.startswith(start) for file in files):
-            raise UserError(f"--wheels {wheels} holds no wheel of {start[:-1]}; download it with: {download_command(engine)}")
+        if versions.setdefault(package, number) != number:
+            raise UserError(f"--wheels {wheels} holds {package} {versions[package]} and {number}; delete the one that is not meant")
+    for package in needed(engine):  # the golden example, and a lossy precision's verdict, hold for one version
+        if str(versions.get(package, "")) != version(package):
+            raise UserError(f"--wheels {wheels} holds no wheel of {package} {version(package)}; download it with: {download_command(engine)}")
     out.mkdir()
     for file in files:
         shutil.copyfile(file, out / file.name)
 
 
+def needed(engine: Engine) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(("onnxruntime", engine.name)))
+
+
 def download_command(engine: Engine) -> str:
     """Fetches what computes the models and Kaggle's image lacks."""
-    packages = " ".join(f"{name}=={version(name)}" for name in dict.fromkeys(("onnxruntime", engine.name)))
+    packages = " ".join(f"{name}=={version(name)}" for name in needed(engine))
     return f"pip download {packages} --python-version {KAGGLE_PYTHON} --only-binary=:all: --platform {PLATFORM} --no-deps -d input/wheels"
 
 

@@ -145,9 +145,13 @@ class BalancedSampler(Sampler):
 
 
 def sampling_share(table: pd.DataFrame, *, power: float, use_rating: bool) -> np.ndarray:
-    """(n,) how often a recording is drawn: (class count / all)^-power, times rating / 5 where asked (0 = not rated: the mean)."""
+    """(n,) how often a recording is drawn: (class count / all)^-power, times rating / 5 where asked (0 = not rated: the mean).
+
+    Recordings without a label are no species: each is drawn as often as a labelled one on average.
+    """
     counts = table.primary_label.map(table.primary_label.value_counts()).to_numpy()
-    share = (counts / len(table)) ** -power
+    share, labelled = (counts / len(table)) ** -power, (table.primary_label != "").to_numpy()
+    share[~labelled] = share[labelled].mean() if labelled.any() else 1.0
     if use_rating:
         rating = table.rating.where(table.rating > 0)
         share = share * (rating.fillna(rating.mean()).fillna(5.0) / 5.0).to_numpy()
@@ -178,7 +182,7 @@ class HeldOutWindows(Dataset):
         config = cache.config
         self.places = []
         for place, name in enumerate(self.names):
-            seconds = min(SCORED_SECONDS, cache.n_frames(name) / config.frames_per_second)
+            seconds = min(SCORED_SECONDS, (cache.n_frames(name) - 1) / config.frames_per_second)  # a frame stands at either end
             n = 1 if only_first else max(1, round(seconds / config.window_seconds))
             self.places += [(place, number * config.window_frames) for number in range(n)]
 

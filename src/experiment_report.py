@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,12 +54,13 @@ def bootstrap(values: Sequence[np.ndarray], cells: pd.MultiIndex) -> tuple[float
 class DataTable:
     """One data set's rows of a table."""
 
-    def __init__(self, table: Table, budget: Budget, data: str, results: Results, noisy: Collection[str], speeds: pd.DataFrame) -> None:
+    def __init__(self, table: Table, budget: Budget, data: str, results: Results, noisy: Collection[str], speeds: pd.DataFrame,
+                 folds: Sequence[int] = ()) -> None:
         named: dict[str, Row] = {}
         for row in table.of(data):
             named.setdefault(row.key(data, noisy), row)  # noise on or off is the same row where there is none
         self.data, self.rows = data, list(named.values())
-        self.folds = sorted(set(results.table.fold[results.table.data == data]))[: budget.n_folds or None]
+        self.folds = sorted(folds or set(results.table.fold[results.table.data == data]))[: budget.n_folds or None]  # without the data: those met so far
         cells = [(seed, fold) for seed in budget.seeds for fold in self.folds]
         self.found = {row.name: (of := results.of(data, row.key(data, noisy)))[of.index.isin(cells)] for row in self.rows}
         self.n_cells = len(cells)
@@ -128,11 +129,15 @@ class DataTable:
                 for row in self.rows for metric in NAMES]
 
 
-def write_report(table: Table, budget: Budget, names: Sequence[str], results: Results, noisy: Collection[str], folder: Path) -> bool:
-    """Writes <folder>/<table>.md, .csv and .png from what experiments.csv holds; what is not trained yet is a dash. False: nothing of it is."""
+def write_report(table: Table, budget: Budget, names: Sequence[str], results: Results, noisy: Collection[str], folder: Path, *,
+                 folds: Mapping[str, Sequence[int]] = {}) -> bool:
+    """Writes <folder>/<table>.md, .csv and .png from what experiments.csv holds; what is not trained yet is a dash. False: nothing of it is.
+
+    `folds`: of each data set, where that is at hand; else those that experiments.csv holds.
+    """
     stem = stem_of(table, budget)
     speeds = read_table(folder / "experiments_speed.csv", SPEED)
-    parts = [DataTable(table, budget, data, results, noisy, speeds) for data in names]
+    parts = [DataTable(table, budget, data, results, noisy, speeds, folds.get(data, ())) for data in names]
     if not any(len(found) for part in parts for found in part.found.values()):
         return False
     write_table(folder / f"{stem}.csv", pd.DataFrame([row for part in parts for row in part.long(table.paper)]), FLOATS)

@@ -254,6 +254,7 @@ def main(argv: list[str] | None = None) -> int:
         for row in table.rows:
             row.settings()  # raises for a flag that src.train does not take
     failed: list[Job] = []
+    data: dict[str, DataSet] = {}
     if not settings.only_report:
         with owned(settings.runs), owned(settings.results):
             data = {name: open_data(settings, folder, noise.get(name), budget.n_folds) for name, folder in zip(names, settings.data)}
@@ -266,7 +267,8 @@ def main(argv: list[str] | None = None) -> int:
     if settings.speed:
         measure_speed(settings, chosen)
     for table in tables:
-        written = write_report(table, budget, names, results, noise.keys() if settings.data else results.noisy(), settings.results)
+        written = write_report(table, budget, names, results, noise.keys() if settings.data else results.noisy(), settings.results,
+                               folds={name: one.numbers for name, one in data.items()})
         say(f"wrote {settings.results / stem_of(table, budget)}.md, .csv and .png" if written else f"{table.name}: nothing of it is trained under this budget")
     if failed:
         say(f"{len(failed)} trainings failed; the same command tries them again")

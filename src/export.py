@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from scipy.special import expit
 from torch import Tensor, nn
 
 from .checkpoint import load_tensors
@@ -91,17 +92,13 @@ def assert_parity(model: nn.Module, path: Path, log_mel: Tensor) -> tuple[float,
     for batch in (1, 3, len(log_mel)):
         actual = session.run(["logits"], {"log_mel": log_mel[:batch].numpy()})[0]
         worst_logit = max(worst_logit, float(np.abs(actual - expected[:batch]).max()))
-        worst_probability = max(worst_probability, float(np.abs(_sigmoid(actual) - _sigmoid(expected[:batch])).max()))
+        worst_probability = max(worst_probability, float(np.abs(expit(actual) - expit(expected[:batch])).max()))
     bound = max(LOGIT_BOUND * max(1.0, float(np.abs(expected).max())), 2 * float(np.abs(expected - exact).max()))
-    probability_bound = max(PROBABILITY_BOUND, 2 * float(np.abs(_sigmoid(expected) - _sigmoid(exact)).max()))
+    probability_bound = max(PROBABILITY_BOUND, 2 * float(np.abs(expit(expected) - expit(exact)).max()))
     if not (worst_logit <= bound and worst_probability <= probability_bound):
         raise UserError(f"{path.name.removesuffix('.partial')}: onnxruntime differs from torch by {worst_logit:.2g} in the logits (bound {bound:.2g}) and "
                         f"{worst_probability:.2g} in the probabilities (bound {probability_bound:.0e}); the model was not exported")
     return worst_logit, worst_probability
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x.astype(np.float64)))
 
 
 def export_fold(folder: Path) -> None:

@@ -44,7 +44,7 @@ def assign_folds(table: pd.DataFrame, *, strategy: str, n_folds: int, seed: int)
     """(n,) the fold in which each recording is held out, or -1: always in training.
 
     Copies of a recording stay together. Species with fewer recordings than folds are always in training, and with
-    them their recordings' copies; so, under `author`, are species that would otherwise miss from some fold's training.
+    them their recordings' copies; so are species that would otherwise miss from some fold's training.
     """
     if not 2 <= n_folds <= len(table):
         raise UserError(f"--n-folds {n_folds}: between 2 and the number of recordings ({len(table)})")
@@ -54,10 +54,10 @@ def assign_folds(table: pd.DataFrame, *, strategy: str, n_folds: int, seed: int)
     split = _by_labels if strategy == "multilabel" else _by_author
     if (~rare).any():
         folds[~rare] = split(table[~rare], n_folds, seed)
-    if strategy == "author":  # a species that one fold holds whole would not be trained on there
-        whole = pd.Series(folds).groupby(table.primary_label.to_numpy()).transform("nunique").to_numpy() == 1
-        in_group = pd.Series(whole).groupby(table.copy_group.to_numpy()).transform("any").to_numpy()
-        folds[in_group] = -1
+    # A species that one fold holds whole (one recordist's, or copies of one recording) would not be trained on there.
+    whole = pd.Series(folds).groupby(table.primary_label.to_numpy()).transform("nunique").to_numpy() == 1
+    in_group = pd.Series(whole).groupby(table.copy_group.to_numpy()).transform("any").to_numpy()
+    folds[in_group] = -1
     return folds
 
 

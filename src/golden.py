@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import soundfile
 
-from . import audio, infer
+from . import audio, infer, kaggle
 from .console import UserError, say
 from .onnx_models import find_models
 
@@ -20,6 +18,7 @@ SOUND, LOG_MEL, SUBMISSION = "sound.wav", "log_mel.npy", "submission.csv"
 LOG_MEL_BOUND = 0.01  # dB; librosa in double precision comes to within 0.001
 PROBABILITY_BOUND = 1e-4
 LOSSY_BOUND = 0.1  # of any probability, in bf16 or int8: a processor that gets it wrong is further off
+VORBIS_CORRELATION = 0.9  # of the samples; at its usual quality 0.98 and more
 TRIAL_SECONDS = 300.0
 
 
@@ -35,7 +34,11 @@ def compute(folder: Path, runs: Sequence[str]) -> tuple[np.ndarray, pd.DataFrame
 
 
 def check(folder: Path, runs: Sequence[str]) -> None:
-    """Computes the example again. Raises UserError where this machine comes to other numbers than the bundle holds."""
+    """Computes the example again, after a look at whether Ogg Vorbis decodes here, which soundscapes come in.
+
+    Raises UserError where it does not, or this machine comes to other numbers than the bundle holds.
+    """
+    check_vorbis(folder / SOUND)
     log_mel, table = compute(folder, runs)
     expected_log_mel, expected = np.load(folder / LOG_MEL), pd.read_csv(folder / SUBMISSION, index_col="row_id")
     if log_mel.shape != expected_log_mel.shape or not (table.index.equals(expected.index) and table.columns.equals(expected.columns)):
@@ -48,25 +51,31 @@ def check(folder: Path, runs: Sequence[str]) -> None:
     say(f"golden example: log-mel within {decibels:.1e} dB, probabilities within {probability:.1e} of where the bundle was built")
 
 
-def precision(folder: Path, runs: Sequence[str], wanted: str) -> str:
-    """`wanted`, where this machine scores the example in it and comes to within LOSSY_BOUND of float32; else f32, after saying why.
+def check_vorbis(sound: Path) -> None:
+    """Writes a sound as Ogg Vorbis and reads it back. Raises UserError where another sound or none comes back."""
+    rate = audio.read_header(sound).sample_rate
+    samples = audio.read_waveform(sound, rate)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sound.ogg"
+        try:
+            with soundfile.SoundFile(path, "w", rate, 1, format="OGG", subtype="VORBIS") as file:
+                for start in range(0, len(samples), rate):  # libsndfile crashes on long Vorbis blocks
+                    file.write(samples[start : start + rate])
+            again = audio.read_waveform(path, rate)
+        except (soundfile.LibsndfileError, audio.DamagedAudio) as error:
+            raise UserError(f"soundfile {soundfile.__version__} here cannot read Ogg Vorbis, which soundscapes come in: {error}") from error
+    if len(again) != len(samples) or np.corrcoef(samples, again)[0, 1] < VORBIS_CORRELATION:
+        raise UserError(f"soundfile {soundfile.__version__} here reads another sound from Ogg Vorbis than was written")
 
-    The trial is a process of its own, so that neither a crash nor a hang of the engine ends the notebook.
-    """
+
+def precision(folder: Path, runs: Sequence[str], wanted: str) -> str:
+    """`wanted`, where this machine scores the example in it and comes to within LOSSY_BOUND of float32; else f32, after saying why."""
     if wanted == "f32":
         return wanted
     with tempfile.TemporaryDirectory() as out:
         rows = Path(out) / SUBMISSION
-        command = [sys.executable, "-P", "-m", "src.infer", "--run", *runs, "--soundscapes", str(folder), "--out", str(rows), "--threads", "1",
-                   "--precision", wanted]
-        this_code = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=TRIAL_SECONDS, env=this_code)
-        except subprocess.TimeoutExpired:
-            fault = f"the golden example took longer than {TRIAL_SECONDS:g} s"
-        else:
-            last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-            fault = last if done.returncode else _distance(rows, folder / SUBMISSION)
+        fault = kaggle.aside("src.infer", "--run", *runs, "--soundscapes", str(folder), "--out", str(rows), "--threads", "1", "--precision", wanted,
+                             seconds=TRIAL_SECONDS) or _distance(rows, folder / SUBMISSION)
     say(f"float32 instead of {wanted}: {fault}" if fault else f"{wanted}: the golden example comes to within {LOSSY_BOUND} of float32's probabilities")
     return "f32" if fault else wanted
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import competitions, detections, engines, submission
+from . import audio, competitions, detections, engines, submission
 from .console import UserError, say, stage, usable_cores
 from .deadline import Guard
 from .onnx_models import OnnxModel, find_models
@@ -107,14 +107,16 @@ def main(argv: list[str] | None = None) -> int:
     if options.check:
         return report(options)
     threads, engine = options.threads or usable_cores(), engines.choose(options.engine, options.precision)
-    soundscapes = find_soundscapes(options.soundscapes, options.expected_seconds, recursive=options.recursive)
+    submission_too = "submission" in options.format  # its rows are all of one run: nothing is continued
+    soundscapes = find_soundscapes(options.soundscapes, options.expected_seconds, recursive=options.recursive, to_the_end=not submission_too)
     models = find_models(options.run, threads, engine)
     classes = choose_columns(models, options.sample, options.soundscapes)
     say(f"{len(soundscapes)} soundscapes in {options.soundscapes}, {sum(s.n_rows for s in soundscapes)} rows, {len(classes)} species; "
         f"{len(models)} model(s) on {threads} CPU thread(s), {engine}")
+    if not soundscapes:
+        say(f"no audio file ({', '.join(sorted(audio.SUFFIXES))}) in {options.soundscapes}" + ("" if options.recursive else "; --recursive looks below it too"))
     for_people = set(options.format) & set(detections.SUFFIXES) or options.pictures
     with open_tables(options, models, classes) if for_people else nullcontext() as tables:
-        submission_too = "submission" in options.format  # its rows are all of one run: nothing is continued
         to_do = tables.to_do(soundscapes, again=submission_too) if tables else soundscapes
         if len(to_do) < len(soundscapes):
             say(f"continuing {options.tables}: {len(soundscapes) - len(to_do)} of {len(soundscapes)} recordings are done")
@@ -144,7 +146,8 @@ def open_tables(options: argparse.Namespace, models: list[OnnxModel], classes: S
     names = detections.read_names(options.taxonomy, options.soundscapes)
     thresholds = detections.choose_thresholds(classes, names, threshold=options.threshold, per_species=options.thresholds, species=options.species)
     settings = {"soundscapes": str(options.soundscapes.resolve()), "models": [sha256(model.path) for model in models], "precision": options.precision,
-                "hop_seconds": options.hop_seconds, "pooling": options.pooling, "recursive": options.recursive}
+                "hop_seconds": options.hop_seconds, "pooling": options.pooling, "recursive": options.recursive,
+                "to_the_end": "submission" not in options.format}
     formats = [name for name in detections.SUFFIXES if name in options.format]
     return detections.DetectionTables(options.tables, options.soundscapes, formats, classes, thresholds, names, config=models[0].audio,
                                       settings=settings, pictures=options.pictures, restart=options.restart)
@@ -162,7 +165,8 @@ def list_failures(path: Path, soundscapes: list[Soundscape], fate: str) -> None:
     if late:
         say(f"{TIME_WAS_UP} before {late} soundscape(s) were scored whole, listed in {path}; their missing rows {fate}")
     if len(failed) > late:
-        say(f"{len(failed) - late} damaged soundscape(s), listed in {path}; their missing stretches {fate}")
+        say(f"{'ALL ' if len(failed) - late == len(soundscapes) else ''}{len(failed) - late} damaged soundscape(s), listed in {path}; "
+            f"their missing stretches {fate}")
 
 
 def begin_submission(path: Path, soundscapes: list[Soundscape], classes: Sequence[str], prior: np.ndarray, guard: Guard) -> submission.SubmissionFile:

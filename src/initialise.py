@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from .checkpoint import load_tensors
 from .config import AudioConfig, differences
 from .console import UserError, say
-from .metadata import read_csv, read_metadata
+from .metadata import read_csv, read_metadata, recording_id
 from .models import create_model
 from .models.asca import AscaSettings
 from .run_config import comparable, read_config
@@ -123,7 +123,7 @@ def require_unheard(folder: Path, config: dict, held_out: Collection[str]) -> No
     except UserError as error:
         say(f"cannot check that {folder} never heard the held-out recordings: {error}")
         return
-    heard = sorted(set(held_out) & known - set(read_csv(folder / "oof.csv").filename))
+    heard = sorted(set(map(recording_id, held_out)) & set(map(recording_id, known - set(read_csv(folder / "oof.csv").filename))))
     if heard:
         raise UserError(f"{folder} was trained on {len(heard)} of the recordings held out here, {heard[0]} for one: the scores would be too good; "
                         "begin from a fold that held them out, or from a run on other recordings")

@@ -101,6 +101,16 @@ def find_soundscapes(competition: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix="no_soundscapes_"))
 
 
+def aside(module: str, *words: str, seconds: float) -> str:
+    """Runs a stage in a process of its own, so that neither its crash nor its hang ends the notebook. Returns what went wrong; "" where nothing did."""
+    this_code = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    try:
+        done = subprocess.run([sys.executable, "-P", "-m", module, *words], capture_output=True, text=True, timeout=seconds, env=this_code)
+    except subprocess.TimeoutExpired:
+        return f"{module} took longer than {seconds:g} s"
+    return (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1] if done.returncode else ""
+
+
 def _settings(bundle: Path) -> dict:
     return json.loads((bundle / SETTINGS).read_text(encoding="utf-8"))
 

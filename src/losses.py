@@ -28,5 +28,6 @@ def multi_label_loss(logits: Tensor, target: Tensor, weight: Tensor, loss: Loss 
     absent = (1 - present + forgiven).clamp(max=1)
     with torch.no_grad():
         present_focus, absent_focus = (1 - present) ** present_gamma, (1 - absent) ** absent_gamma
-    entropy = -(target * present_focus * F.logsigmoid(logits) + (1 - target) * absent_focus * absent.clamp(min=1e-8).log())
+    log_absent = absent.clamp(min=1e-8).log() if forgiven else F.logsigmoid(-logits)  # whose gradient does not vanish where 1 - p is 0 in float32
+    entropy = -(target * present_focus * F.logsigmoid(logits) + (1 - target) * absent_focus * log_absent)
     return (weight * entropy).mean()

@@ -114,11 +114,11 @@ def _check(raw: pd.DataFrame, *, file: Path, audio: Path, unlabelled_allowed: bo
         "author": raw.author.str.strip(),
         "rating": number("rating"),
         "duration_s": number("duration_s"),
-        "recording_id": raw.filename.map(_recording_id),
+        "recording_id": raw.filename.map(recording_id),
     })
 
 
-def _recording_id(name: str) -> str:
+def recording_id(name: str) -> str:
     """An archive's number, under whatever folder; else the whole name, since many folders hold a 0001.wav."""
     stem = PurePosixPath(name).stem
     return stem if re.fullmatch(ARCHIVE_ID, stem) else name

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+from scipy.special import expit
 
 from .config import AudioConfig
 from .console import UserError
@@ -32,7 +33,7 @@ class OnnxModel:
 
     def probabilities(self, log_mel: np.ndarray, options: onnxruntime.RunOptions | None = None) -> np.ndarray:
         """(B, 1, n_mels, window_frames) float32 dB -> (B, n_classes)."""
-        return 1 / (1 + np.exp(-self.run(log_mel, options)))
+        return expit(self.run(log_mel, options))
 
 
 def load_model(path: Path, threads: int, engine: Engine = Engine()) -> OnnxModel:

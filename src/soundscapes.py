@@ -34,8 +34,8 @@ class Soundscape:
     overview: Overview | None = None
 
 
-def find_soundscapes(folder: Path, expected_seconds: float, *, recursive: bool = False) -> list[Soundscape]:
-    """The audio files of a folder, by name, with their numbers of rows from their headers. Hidden files are passed over."""
+def find_soundscapes(folder: Path, expected_seconds: float, *, recursive: bool = False, to_the_end: bool = False) -> list[Soundscape]:
+    """The audio files of a folder, by name, with their numbers of rows (`submission.n_rows`) from their headers. Hidden files are passed over."""
     if not folder.is_dir():
         raise UserError(f"--soundscapes {folder} is no folder; name the one that holds the long recordings")
     paths = sorted(path for path in (_below(folder) if recursive else folder.iterdir())
@@ -53,7 +53,7 @@ def find_soundscapes(folder: Path, expected_seconds: float, *, recursive: bool =
             seconds, fault = audio.read_header(path).seconds, ""
         except audio.DamagedAudio as error:
             seconds, fault = expected_seconds, f"no readable header: {error}"
-        soundscapes.append(Soundscape(path, name, seconds, submission.n_rows(seconds), fault=fault))
+        soundscapes.append(Soundscape(path, name, seconds, submission.n_rows(seconds, to_the_end=to_the_end), fault=fault))
     return soundscapes
 
 
@@ -110,12 +110,18 @@ class WindowStream:
         return self._cut(self._seen(self.stream.push(block)))
 
     def finish(self) -> list[np.ndarray]:
-        """The windows that reach over the end: padded with silence. Where the header promised more, those without any sound are left out:
-        their number has no bound, and a row's length behind the end they reach no row that any model heard."""
+        """The windows that reach over the end: padded with silence, but a recording shorter than a window is repeated, as in training.
+
+        Where the header promised more, those without any sound are left out: their number has no bound, and a row's length behind the end
+        they reach no row that any model heard.
+        """
         windows = self._cut(self._seen(self.stream.finish()))
-        heard = self.first_frame + self.frames.shape[1] + submission.ROW_SECONDS * self.config.frames_per_second
+        n, n_window = self.frames.shape[1], self.config.window_frames
+        heard = self.first_frame + n + submission.ROW_SECONDS * self.config.frames_per_second
         self.starts = self.starts[: max(1, self.next, int(np.searchsorted(self.starts, heard)))]
-        end = int(self.starts[-1]) + self.config.window_frames
+        if self.next == 0 and 0 < n < n_window:
+            windows += self._cut(self.frames[:, np.arange(n, n_window) % n])
+        end = int(self.starts[-1]) + n_window
         missing = max(0, end - self.first_frame - self.frames.shape[1])
         return windows + self._cut(np.full((self.config.n_mels, missing), self.config.db_min, np.float32))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,15 +15,16 @@ import pandas as pd
 from .console import UserError
 from .storage import atomic
 
-ROW_SECONDS = 5.0
+ROW_SECONDS, SHORTEST_REST = 5.0, 0.5
 POOLINGS = ("mean", "max")
 WRITE_EVERY = 10.0  # seconds between interim submissions, at least
 LARGEST = 1 - 2.0**-24  # the largest float32 under 1: the padded cmAP punishes a probability of exactly 1
 
 
-def n_rows(seconds: float) -> int:
-    """Rows of a soundscape: max(1, round(seconds / 5)); a last stretch under 2.5 s has none of its own."""
-    return max(1, round(seconds / ROW_SECONDS))
+def n_rows(seconds: float, *, to_the_end: bool = False) -> int:
+    """Rows of a soundscape: max(1, round(seconds / 5)), so that a last stretch under 2.5 s has none of its own; `to_the_end`: from half a second on
+    it has one."""
+    return max(1, math.ceil((seconds - SHORTEST_REST) / ROW_SECONDS) if to_the_end else round(seconds / ROW_SECONDS))
 
 
 def row_ids(name: str, n: int) -> list[str]:

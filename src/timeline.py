@@ -36,7 +36,10 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument("--out", type=Path, required=True, help="folder of the pictures")
     options.add_argument("--first", type=int, metavar="N", help="draw only the first N soundscapes")
     options = options.parse_args(argv)
-    table, config = read_csv(options.submission).set_index("row_id"), AudioConfig()
+    table, config = read_csv(options.submission), AudioConfig()
+    if "row_id" not in table:
+        raise UserError(f"{options.submission} is no submission: it has no column row_id")
+    table = table.set_index("row_id")
     classes = table.columns.tolist()
     seconds = competitions.competition(options.competition).soundscape_seconds
     soundscapes = find_soundscapes(options.soundscapes, seconds, recursive=options.recursive)[: options.first]
@@ -45,6 +48,10 @@ def main(argv: list[str] | None = None) -> None:
         absent = [row for row in ids if row not in table.index]
         if absent:
             raise UserError(f"{options.submission} lacks the row {absent[0]} of {soundscape.path}")
+        try:
+            probability = table.loc[ids].astype(float).to_numpy()
+        except ValueError as error:
+            raise UserError(f"{options.submission} holds no probability in a row of {soundscape.path}: {error}") from error
         stream, overview = audio.LogMelStream(config), Overview(config, seconds)
         try:
             for block in audio.read_blocks(soundscape.path, config.sample_rate):
@@ -52,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
             overview.push(stream.finish())
         except audio.DamagedAudio as error:
             say(f"{soundscape.path.name}: {error}")
-        plots.timeline(options.out / f"{soundscape.name}.png", overview.image(seconds), table.loc[ids].astype(float).to_numpy(), classes, config,
+        plots.timeline(options.out / f"{soundscape.name}.png", overview.image(seconds), probability, classes, config,
                        row_seconds=submission.ROW_SECONDS, heading=soundscape.path.name,
                        truth=truth_matrix(options.labels, ids, classes) if options.labels else None)
     say(f"wrote {len(soundscapes)} picture(s) to {options.out}")

@@ -64,7 +64,8 @@ def require_sensible(settings: TrainSettings) -> None:
     for names, fits, words in ((("batch_size", "accumulate", "epochs", "validate_every"), lambda value: value >= 1, "at least 1"),
                                (("train_share",), lambda value: 0 < value <= 1, "above 0 and at most 1"),
                                (("label_smoothing", "ema_decay"), lambda value: 0 <= value < 1, "at least 0 and below 1"),
-                               (("learning_rate", "warmup_epochs", "weight_decay", "clip_gradient", "weight_noise"), lambda value: value >= 0, "not below 0"),
+                               (("learning_rate", "warmup_epochs", "weight_decay", "clip_gradient", "weight_noise", "seed"),
+                                lambda value: value >= 0, "not below 0"),
                                (("soft_weight", "secondary_weight"), lambda value: 0 <= value <= 1, "between 0 and 1")):
         for name in names:
             if not fits(getattr(settings, name)):

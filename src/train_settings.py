@@ -95,4 +95,5 @@ class TrainSettings:
     restart: bool = False
     """Begin anew, also where the run folder holds other settings."""
     augment: AugmentSettings = field(default_factory=AugmentSettings)
-    network: ModelSettings = field(default_factory=lambda: ModelSettings(drop_path=0.0, asca=AscaSettings(head="gem")))
+    network: ModelSettings = field(default_factory=lambda: ModelSettings(drop_path=0.0, asca=AscaSettings(head="gem", attn_norm="bn",
+                                                                                                          activation="gelu_tanh")))

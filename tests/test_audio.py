@@ -1,3 +1,5 @@
+import struct
+
 import librosa
 import numpy as np
 import pytest
@@ -93,7 +95,25 @@ def test_damage_is_found_and_named(tmp_path):
     soundfile.write(tmp_path / "zero.wav", np.zeros(0, np.float32), 32_000)
     with pytest.raises(audio.DamagedAudio, match="no samples"):
         audio.read_waveform(tmp_path / "zero.wav", 32_000)
+    (tmp_path / "open.wav").write_bytes(riff(data_bytes=0) + bytes(64_000))  # the recorder's battery was empty
+    with pytest.raises(audio.DamagedAudio, match="64044 bytes: the file was not closed"):
+        audio.read_waveform(tmp_path / "open.wav", 32_000)
     assert len(audio.read_waveform(tmp_path / "good.ogg", 32_000)) == 320_000
+
+
+def riff(*, rate: int = 32_000, data_bytes: int) -> bytes:
+    """The 44 bytes ahead of a WAV's 16-bit mono samples."""
+    return struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + data_bytes, b"WAVE", b"fmt ", 16, 1, 1, rate, min(2 * rate, 2**32 - 1), 2, 16, b"data", data_bytes)
+
+
+@pytest.mark.parametrize("bit", range(32))
+def test_no_flipped_bit_of_a_wav_s_rate_takes_the_memory(tmp_path, bit):
+    path = tmp_path / "a.wav"
+    path.write_bytes(riff(rate=48_000 ^ 1 << bit, data_bytes=96_000) + bytes(96_000))
+    try:
+        assert 1000 <= audio.read_header(path).sample_rate <= 2_000_000
+    except audio.DamagedAudio:
+        assert not 1000 <= 48_000 ^ 1 << bit <= 2_000_000
 
 
 @settings(max_examples=60)

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +14,8 @@ from src import bundle, competitions, engines, golden, infer, kaggle
 from src.console import UserError
 from src.engines import Engine
 from src.storage import write_json
+
+ONNXRUNTIME = f"onnxruntime-{version('onnxruntime')}"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -133,7 +136,7 @@ def test_a_lossy_precision_travels_with_its_verdict_and_is_tried_before_it_is_us
     assert here == there != exact
     with monkeypatch.context() as patch:
         patch.setattr(golden, "TRIAL_SECONDS", 0.01)
-        assert tried() == ("f32", "float32 instead of int8: the golden example took longer than 0.01 s")
+        assert tried() == ("f32", "float32 instead of int8: src.infer took longer than 0.01 s")
     expected = pd.read_csv(at / "golden/submission.csv", index_col="row_id")
     ((expected + 0.2) % 1).to_csv(at / "golden/submission.csv")
     found, text = tried()
@@ -156,10 +159,10 @@ def test_a_processor_without_bfloat16_computes_in_float32_and_says_so(built_loss
 
 def test_a_lossy_precision_is_bundled_with_an_accepted_verdict_and_its_wheel_only(tmp_path, run, measured_run, capsys):
     (tmp_path / "wheels").mkdir()
-    (tmp_path / "wheels/onnxruntime-9.9-py3-none-any.whl").write_bytes(b"")
+    (tmp_path / f"wheels/{ONNXRUNTIME}-py3-none-any.whl").write_bytes(b"")
     base = ["--out", str(tmp_path / "b"), "--precision", "int8"]
     for flags, message in ((["--run", str(run), *base], f"python -m src.precision --run {run} --precision int8"),
-                           (["--run", str(measured_run), *base, "--wheels", str(tmp_path / "wheels")], "holds no wheel of openvino-")):
+                           (["--run", str(measured_run), *base, "--wheels", str(tmp_path / "wheels")], "holds no wheel of openvino ")):
         assert bundle.main(flags) == 1
         assert message in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
@@ -186,10 +189,16 @@ def test_what_cannot_be_bundled_is_refused(tmp_path, run, capsys):
     ("cp311-cp311-manylinux_2_28_x86_64", False), ("cp312-cp312-manylinux_2_28_aarch64", False), ("cp312-cp312-win_amd64", False),
     ("cp312-cp312-manylinux_2_39_x86_64", False), ("renamed", False)])
 def test_wheels_that_kaggle_cannot_install_are_refused(tmp_path, tags, fits):
-    (tmp_path / f"onnxruntime-9.9-{tags}.whl").touch()
+    (tmp_path / f"{ONNXRUNTIME}-{tags}.whl").touch()
     if fits:
         bundle.write_wheels(tmp_path, tmp_path / "out", Engine())
         assert len(list((tmp_path / "out").iterdir())) == 1
+        (tmp_path / f"onnxruntime-1.0-{tags}.whl").touch()
+        with pytest.raises(UserError, match="holds onnxruntime .* and .*; delete the one"):
+            bundle.write_wheels(tmp_path, tmp_path / "again", Engine())
+        (tmp_path / f"{ONNXRUNTIME}-{tags}.whl").unlink()
+        with pytest.raises(UserError, match="holds no wheel of onnxruntime"):  # of the installed version
+            bundle.write_wheels(tmp_path, tmp_path / "again", Engine())
         return
     with pytest.raises(UserError, match=f"{tags}.whl is none for Kaggle's Python 3.12 .* pip download onnxruntime=="):
         bundle.write_wheels(tmp_path, tmp_path / "out", Engine())
@@ -197,14 +206,14 @@ def test_wheels_that_kaggle_cannot_install_are_refused(tmp_path, tags, fits):
 
 def test_a_wheel_is_installed_where_its_package_is_absent(tmp_path):
     """Into an environment of its own; the wheel is made here, and named onnxruntime so that the last look finds it."""
-    wheel = tmp_path / "bundle/wheels/onnxruntime-9.9-py3-none-any.whl"
+    wheel = tmp_path / f"bundle/wheels/{ONNXRUNTIME}-py3-none-any.whl"
     for folder in ("downloaded", "bundle"):
         (tmp_path / folder).mkdir()
     with zipfile.ZipFile(tmp_path / "downloaded" / wheel.name, "w") as file:
         file.writestr("onnxruntime.py", "made = True\n")
-        file.writestr("onnxruntime-9.9.dist-info/METADATA", "Metadata-Version: 2.1\nName: onnxruntime\nVersion: 9.9\n")
-        file.writestr("onnxruntime-9.9.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        file.writestr("onnxruntime-9.9.dist-info/RECORD", "")
+        file.writestr(f"{ONNXRUNTIME}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: onnxruntime\nVersion: {version('onnxruntime')}\n")
+        file.writestr(f"{ONNXRUNTIME}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{ONNXRUNTIME}.dist-info/RECORD", "")
     bundle.write_wheels(tmp_path / "downloaded", wheel.parent, Engine())
     borrowed = tmp_path / "borrowed"  # the few packages that the code and pip's start need
     borrowed.mkdir()
@@ -216,7 +225,7 @@ def test_a_wheel_is_installed_where_its_package_is_absent(tmp_path):
     python, env = tmp_path / "venv/bin/python", {"PYTHONPATH": f"{Path(kaggle.__file__).parents[1]}:{borrowed}", "PATH": "/usr/bin:/bin"}
     done = subprocess.run([python, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "installed onnxruntime-9.9-py3-none-any.whl\n"
+    assert done.stdout == f"installed {ONNXRUNTIME}-py3-none-any.whl\n"
     other = wheel.rename(wheel.with_name("openvino-1.0-cp27-none-win32.whl"))
     done = subprocess.run([python, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("left out: ") == 2 and "not a supported wheel" in done.stdout, "without OpenVINO float32 is left"

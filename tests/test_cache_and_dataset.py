@@ -197,6 +197,27 @@ def test_rare_species_are_drawn_more_often_than_their_share():
     table = pd.DataFrame({"primary_label": ["a"] * 80 + ["b"] * 20, "rating": 0.0})
     share = sampling_share(table, power=0.5, use_rating=True)
     assert share[0] / share[-1] == pytest.approx((20 / 80) ** 0.5)
+    drawn = np.array([row for batch in BalancedSampler(share, 10, seed=0, n_crops=5000) for _, _, row in batch])
+    assert len(drawn) == 5000 and (drawn >= 80).mean() == pytest.approx(1 / 3, abs=0.03)  # 20 sqrt(5) : 80 sqrt(5 / 4)
+
+
+def test_well_rated_and_unlabelled_recordings_are_drawn_as_they_should():
+    table = pd.DataFrame({"primary_label": ["a"] * 4 + ["b"] * 4 + [""] * 92, "rating": [5.0, 2.5, 0.0, 0.0] * 25})
+    share = sampling_share(table, power=0.5, use_rating=True)
+    assert (share[:4] / share[0]).tolist() == pytest.approx([1, 0.5, 0.75, 0.75])  # not rated: the mean of 5 and 2.5
+    np.testing.assert_allclose(sampling_share(table, power=0.5, use_rating=False), 5.0)  # both species are 1/25 of all, and the rest is no species
+
+
+def test_of_several_crops_the_loudest_is_chosen(data, cached):
+    off = {"stretch": 0, "mel_shift_bins": 0, "roll_probability": 0, "filter_db": 0, "spec_augment_probability": 0, "waveform_probability": 0}
+    starts = []
+    for choices in (1, 8):
+        crops = crops_of(data, cached, **off, crop_choices=choices)
+        row = int(np.argmax([crops.cache.n_frames(name) for name in crops.names]))
+        louder = np.linspace(0, 255, crops.cache.n_frames(crops.names[row])).astype(np.uint8)[:, None].repeat(128, axis=1)
+        crops.cache.read = lambda name, start=0, n=None, louder=louder: louder[start : start + n]
+        starts.append(np.mean([crops.crop(0, place, row)[0, 0] for place in range(40)]) / louder[-500, 0])
+    assert starts[0] == pytest.approx(1 / 2, abs=0.15) and starts[1] == pytest.approx(8 / 9, abs=0.06)  # the mean of one draw, and of the highest of eight
 
 
 def test_held_out_windows_cover_the_first_minute(cached):
@@ -204,7 +225,7 @@ def test_held_out_windows_cover_the_first_minute(cached):
     windows = HeldOutWindows(opened.names, opened)
     for place, name in enumerate(opened.names):
         n = sum(1 for p, _ in windows.places if p == place)
-        assert n == max(1, round(opened.n_frames(name) / 500))
+        assert n == max(1, round((opened.n_frames(name) - 1) / 500))
     assert all(windows[item][0].shape == (500, 128) for item in range(len(windows)))
 
 
@@ -221,15 +242,18 @@ def test_background_noise_meets_its_snr_and_leaves_silence_alone(data, rng):
 
 
 def test_masks_are_bands_filled_with_the_mean(rng):
-    crop = rng.integers(50, 200, (500, 128)).astype(np.uint8)
-    masking = SpecAugment(AugmentSettings(spec_augment_probability=1.0), 500, 128)
-    seen = 0
-    for _ in range(20):
+    crop = rng.choice([40, 60, 180, 220], (500, 128)).astype(np.uint8)  # the mean is none of them
+    masking = SpecAugment(AugmentSettings(spec_augment_probability=1.0, frequency_masks=2, frequency_mask_bins=10, time_masks=1, time_mask_frames=60), 500, 128)
+    bins, frames = [], []
+    for _ in range(60):
         masked = masking(crop, rng)
         changed = masked != crop
-        seen += changed.any()
-        assert (masked[changed] == round(crop.mean())).all() and changed.mean() < 0.5
-    assert seen > 10
+        over_time, over_mel = changed.all(axis=1), changed.all(axis=0)  # masked frames, masked bins
+        assert (changed == over_time[:, None] | over_mel).all() and (masked[changed] == round(crop.mean())).all()
+        assert np.abs(np.diff(np.r_[0, over_time, 0])).sum() <= 2 and np.abs(np.diff(np.r_[0, over_mel, 0])).sum() <= 4  # edges of one band, of two
+        bins.append(over_mel.sum())
+        frames.append(over_time.sum())
+    assert 10 < max(bins) <= 20 and 40 < max(frames) <= 60 and min(bins) == min(frames) == 0
 
 
 def test_mixup_adds_powers_and_unites_targets(rng):

@@ -12,9 +12,10 @@ import pandas as pd
 import pytest
 import soundfile
 
-from src import audio, cache, checkpoint, export, infer, onnx_models, submission, timeline, train
+from src import audio, cache, checkpoint, devices, export, infer, onnx_models, plots, submission, timeline, train
 from src.config import AudioConfig
 from src.metadata import read_csv
+from src.predict import predict
 from src.storage import sha256
 from tests.conftest import make_soundscape, waveform
 
@@ -43,6 +44,21 @@ def test_probabilities_are_the_network_s_on_the_file_s_own_log_mel(tmp_path, run
     shutil.copytree(run / "fold0", tmp_path / "one/fold0")
     table = score(tmp_path / "one", soundscapes, tmp_path / "s.csv")
     np.testing.assert_allclose(table.loc[[f"c_{5 * k}" for k in range(1, 7)], config["classes"]], expected, atol=1e-5)
+
+
+def test_a_short_recording_scores_as_it_does_out_of_fold(tmp_path, run):
+    """src.train's own scoring, from the cache (log-mels in steps of half a decibel), beside src.infer's."""
+    make_soundscape(tmp_path / "data/train_audio/demdov1/b.ogg", 3.0)
+    make_soundscape(tmp_path / "data/train_audio/demdov1/c.ogg", 13.0)
+    (tmp_path / "data/train_metadata.csv").write_text("primary_label,secondary_labels,author,rating,filename\n"
+                                                     "demdov1,[],a,4.0,demdov1/b.ogg\ndemdov1,[],a,4.0,demdov1/c.ogg\n")
+    assert cache.main(["--data", str(tmp_path / "data"), "--out", str(tmp_path / "cache")]) == 0
+    model, config = export.load_model(run / "fold0")
+    names = ["demdov1/b.ogg", "demdov1/c.ogg"]
+    expected = predict(model, names, cache.Cache(tmp_path / "cache"), devices.start(device="cpu", precision="auto", accumulate=1, threads=1), batch_size=4)
+    shutil.copytree(run / "fold0", tmp_path / "one/fold0")
+    table = score(tmp_path / "one", tmp_path / "data/train_audio/demdov1", tmp_path / "s.csv")[config["classes"]]
+    np.testing.assert_allclose([table.loc["b_5"], table.loc[[f"c_{5 * k}" for k in (1, 2, 3)]].mean()], expected, atol=0.01)
 
 
 @pytest.mark.parametrize("flags", [("--threads", "2"), ("--batch-size", "1"), ("--batch-size", "48")])
@@ -247,9 +263,15 @@ def test_written_probabilities_stay_under_one(tmp_path):
     assert submission.check(tmp_path / "s.csv", classes=["a", "b"], ids=["x_5", "x_10"]) == []
 
 
-def test_timelines_are_drawn(tmp_path, run, soundscapes):
+def test_timelines_are_drawn(tmp_path, run, soundscapes, monkeypatch, capsys):
+    truths, draw = {}, plots.timeline
+    monkeypatch.setattr(plots, "timeline", lambda path, *rest, **more: truths.update({path.stem: more["truth"]}) or draw(path, *rest, **more))
     score(run, soundscapes, tmp_path / "s.csv")
     (tmp_path / "l.csv").write_text("row_id,labels\nc_10,demdov1\n")
     flags = ["--submission", str(tmp_path / "s.csv"), "--soundscapes", str(soundscapes), "--labels", str(tmp_path / "l.csv"), "--out", str(tmp_path / "p")]
     assert timeline.main(flags) == 0
     assert {p.name for p in (tmp_path / "p").iterdir()} == {"a_1.png", "b.png", "c.png"}
+    assert {name: np.argwhere(truth).tolist() for name, truth in truths.items()} == {"a_1": [], "b": [], "c": [[1, 1]]}
+    for text, fault in (("file,label\na,b\n", "no column row_id"), ((tmp_path / "s.csv").read_text().replace("0.", "x.", 1), "no probability in a row of")):
+        (tmp_path / "t.csv").write_text(text)
+        assert timeline.main(["--submission", str(tmp_path / "t.csv"), *flags[2:]]) == 1 and fault in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,7 @@ from src.train_settings import TrainSettings
 from src.weight_noise import WeightNoise
 
 AUDIO = AudioConfig()
+OF_THE_RUN = {"side": 64, "attn_norm": "bn", "activation": "gelu_tanh"}  # src.train's defaults; `begin` has CoAtNet's
 
 
 def begin(init, model, n_classes=5, *, side=0, fold=0, classes=None, held_out=(), **asca):
@@ -123,20 +125,21 @@ def test_unsafe_damaged_and_foreign_files_are_refused(tmp_path, monkeypatch):
 def test_another_run_gives_all_but_the_head_and_never_a_recording_it_was_trained_on(run, data, tmp_path, capsys):
     held_out = pd.read_csv(run / "fold0/oof.csv").filename.tolist()
     weights, _ = load_tensors(run / "fold0/weights.safetensors")
-    model, facts = begin(run / "fold0", "asca_test", 7, side=64, held_out=held_out)
+    model, facts = begin(run / "fold0", "asca_test", 7, **OF_THE_RUN, held_out=held_out)
     assert "fresh weights: head." in capsys.readouterr().out and facts["recipe_sha256"]
     for name, tensor in model.state_dict().items():
         assert name.startswith("network.head") or name.endswith("tracked") or torch.equal(tensor, weights[name]), name
-    same, _ = begin(run, "asca_test", 3, side=64, held_out=held_out, classes=read_config(run / "fold0")["classes"])
+    same, _ = begin(run, "asca_test", 3, **OF_THE_RUN, held_out=held_out, classes=read_config(run / "fold0")["classes"])
     assert "fresh" not in capsys.readouterr().out and torch.equal(same.network.head.fc.weight, weights["network.head.fc.weight"])
-    other = TrainSettings(model="asca_test", init=run / "fold0", network=ModelSettings(input_side=64, asca=AscaSettings(head="attention")))
+    usual = TrainSettings().network
+    other = TrainSettings(model="asca_test", init=run / "fold0", network=replace(usual, input_side=64, asca=replace(usual.asca, head="attention")))
     pooled = create_model("asca_test", 7, AUDIO, other.network)  # a head of another kind begins fresh
     initialise(pooled, other, fold=0, classes=[f"class {k}" for k in range(7)], audio=AUDIO, held_out=held_out)
     assert torch.equal(pooled.state_dict()["network.norm.weight"], weights["network.norm.weight"])
     heard = read_metadata([data]).table.filename.tolist()
     for place in (run / "fold0", run / "fold0/weights.safetensors"):
         with pytest.raises(UserError, match=f"trained on {len(heard) - len(held_out)} of the recordings held out here"):
-            begin(place, "asca_test", 7, side=64, held_out=heard)
+            begin(place, "asca_test", 7, **OF_THE_RUN, held_out=heard)
     later = tmp_path / "later/fold0"  # trained on other recordings, and begun from the run that knows these
     shutil.copytree(run / "fold0", later)
     (tmp_path / "train_metadata.csv").write_text("primary_label,secondary_labels,author,filename\nx,[],,x/1.ogg\n")
@@ -144,7 +147,7 @@ def test_another_run_gives_all_but_the_head_and_never_a_recording_it_was_trained
     config["settings"] |= {"data": [str(tmp_path)], "init": str(run / "fold0")}
     (later / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match=f"{run / 'fold0'} was trained on"):
-        begin(later, "asca_test", 7, side=64, held_out=heard)
+        begin(later, "asca_test", 7, **OF_THE_RUN, held_out=heard)
     for name, asca, message in (("efficientnet_b0", {}, "model: asca_test -> efficientnet_b0"), ("asca_test", {"layout": "CCTT"}, "layout: CCCT -> CCTT")):
         with pytest.raises(UserError, match=f"another network.*{message}"):
             begin(run / "fold0", name, 7, side=64, **asca)

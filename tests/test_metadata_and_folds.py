@@ -99,6 +99,8 @@ def made_table(n: int = 300, seed: int = 0) -> pd.DataFrame:
                           "secondary_labels": [(rng.choice(species),) if rng.random() < 0.2 else () for _ in range(n)],
                           "author": rng.choice([f"p{k}" for k in range(60)] + [""], n), "copy_group": np.arange(n)})
     table.loc[[5, 9], "copy_group"] = 5
+    copies = table.iloc[:6].assign(filename=[f"copy{k}" for k in range(6)], primary_label="copied", secondary_labels=[()] * 6, copy_group=n + 2)
+    table = pd.concat([table, copies], ignore_index=True)  # one recording six times: a species that no fold may hold alone
     return pd.concat([table, table.iloc[:2].assign(filename=["r1", "r2"], primary_label="rare", copy_group=[n, n + 1])], ignore_index=True)
 
 

@@ -35,6 +35,13 @@ def test_row_rule(seconds, rows):
     assert submission.n_rows(seconds) == rows
 
 
+@given(seconds=st.floats(0.01, 4000))
+def test_for_people_rows_reach_the_end(seconds):
+    n = submission.n_rows(seconds, to_the_end=True)
+    assert n == 1 or 5 * (n - 1) < seconds - 0.49 and seconds < 5 * n + 0.51
+    assert n in (submission.n_rows(seconds), submission.n_rows(seconds) + 1) or seconds % 5 > 2.49
+
+
 def test_a_header_that_promises_hours_costs_no_memory():
     config, sound, starts = AudioConfig(), waveform(12), submission.window_starts(7200, 5.0, 2.5)
     honest, boastful = (WindowStream(config, at) for at in (starts[:5], starts))

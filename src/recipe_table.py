@@ -15,9 +15,9 @@ ALL = (f"{PLAIN} --learning-rate 3e-3 --warmup-epochs 5 --drop-path 0 --head gem
        "--mel-shift-bins 4")
 DEFAULT = "--mixup-probability 0 --learning-rate 1e-3 --attn-norm bn --activation gelu_tanh"
 CHANGES = {
-    "no mixup (cpu.yaml)": "--mixup-probability 0",
+    "no mixup": "--mixup-probability 0",
     "no mixup, learning rate 1e-3": "--mixup-probability 0 --learning-rate 1e-3",
-    "the same, batch norm in the attention, GELU by tanh (the default)": DEFAULT,
+    "the default (batch norm, GELU by tanh)": DEFAULT,
     "the default without roll, filters, stretch and mel shift": f"{DEFAULT} --roll-probability 0 --filter-db 0 --stretch 0 --mel-shift-bins 0",
     "learning rate 1e-3": "--learning-rate 1e-3",
     "stochastic depth 0.2": "--drop-path 0.2",

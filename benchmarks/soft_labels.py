@@ -27,7 +27,7 @@ from src.storage import write_table, write_text
 SECOND_HAND = ("A teacher of another fold was trained on the labels of the recordings that a student is scored on, so the gain is rather too good: "
                "`--nested` measures it without that.")
 NESTED = ("No teacher of a fold's student saw that fold's recordings: the teachers were trained anew on the other folds, one held out at a time, so on "
-          "fewer recordings than teachers that one would use, and the gain is rather too small. `labels alone` is the run itself.")
+          "fewer recordings than other teachers, and the gain is rather too small. `labels alone` is the run itself.")
 
 
 @dataclass(frozen=True)

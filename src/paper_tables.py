@@ -22,7 +22,7 @@ from .settings import flatten, parse
 from .train_settings import TrainSettings
 
 PAPER_YAML = str(Path(__file__).parent / "recipes" / "paper.yaml")
-# What the default recipe had when the committed rows were trained. Batch norm in the attention, which section 4.2's table found best, and the
+# What the default recipe had when the committed rows were trained. Batch norm in the attention, ahead in section 4.2's table, and the
 # cheaper GELU became the default after that.
 THEN = "layer norm in its attention and the exact GELU, the default when this was trained"
 AS_TRAINED = ("--attn-norm", "ln", "--activation", "gelu")

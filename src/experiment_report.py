@@ -32,6 +32,13 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def interval_of_whole_seeds(values: pd.Series, n_folds: int) -> tuple[float, float, float]:
+    """The same of values by (seed, fold), without bounds while a seed lacks folds, and for two values: a few folds may agree by chance."""
+    values = values.dropna()
+    mean, *bounds = interval(values.to_numpy(float))
+    return mean, *(bounds if len(values) > 2 and values.groupby("seed").size().eq(n_folds).all() else (np.nan, np.nan))
+
+
 def shown(estimate: Sequence[float], sign: str = "") -> str:
     mean, low, high = estimate
     if np.isnan(mean):
@@ -67,7 +74,7 @@ class DataTable:
         self.speeds = speeds.set_index("network").windows_per_second
 
     def estimate(self, row: Row, metric: str) -> tuple[float, float, float]:
-        mean, *bounds = self.interval(self.found[row.name][metric])
+        mean, *bounds = interval_of_whole_seeds(self.found[row.name][metric], len(self.folds))
         return mean, *np.clip(bounds, 0, 1).tolist()
 
     def difference(self, row: Row, metric: str) -> tuple[float, float, float]:
@@ -75,7 +82,7 @@ class DataTable:
         if row.against == row.name or row.against not in self.found:
             return interval(np.empty(0))
         pair = self.found[row.name][metric].astype(float) - self.found[row.against][metric].astype(float)
-        return self.interval(pair)
+        return interval_of_whole_seeds(pair, len(self.folds))
 
     def over_recordings(self, row: Row) -> tuple[float, float, float]:
         """Top-1 of all folds' held-out recordings, each one's mean over the seeds, with its 95 % bootstrap interval over the recordings."""
@@ -88,12 +95,6 @@ class DataTable:
         both = self.found[row.name].join(self.found[row.against], suffixes=("", "_base"), how="inner")
         return bootstrap([unpacked(one.hits, one.held_out) - unpacked(one.hits_base, one.held_out) for one in both.itertuples()], both.index)
 
-    def interval(self, values: pd.Series) -> tuple[float, float, float]:
-        """Without bounds while trainings are missing, and for two: a few folds may agree by chance."""
-        values = values.dropna().to_numpy(float)
-        mean, *bounds = interval(values)
-        return mean, *(bounds if len(values) == self.n_cells > 2 else (np.nan, np.nan))
-
     def cost(self, row: Row) -> dict[str, float]:
         found = self.found[row.name]
         costs = {name: float(found[name].mean()) if len(found) else np.nan for name in ("parameters", "gmacs", "train_seconds")}
@@ -101,7 +102,8 @@ class DataTable:
 
     def markdown(self, paper: dict[str, dict[str, float]]) -> list[str]:
         columns = paper_data(paper)
-        header = ["row", "trainings", *(f"{NAMES[metric]}{what}" for metric in SHOWN for what in ("", ", difference")),
+        compared = ["compared with"] if len({row.against for row in self.rows}) > 1 else []
+        header = ["row", "trainings", *compared, *(f"{NAMES[metric]}{what}" for metric in SHOWN for what in ("", ", difference")),
                   "top-1 over recordings", "difference over recordings", "parameters, M", "GMACs",
                   "training, s a fold", "CPU windows/s", *([f"paper, mAP %: {' / '.join(columns)}"] if paper else [])]
         lines = ["", f"## {self.data}", "", *("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header)))]
@@ -115,7 +117,8 @@ class DataTable:
             if len(devices) > 1 and n:  # seconds on different devices are no comparison unless the device is named, and their mean is nothing
                 costs[2] = f"{costs[2]} ({', '.join(set(self.found[row.name].device))})" if self.found[row.name].device.nunique() == 1 else NONE
             figures = [" / ".join(str(paper.get(row.name, {}).get(column, NONE)) for column in columns)] if paper else []
-            lines.append("| " + " | ".join([row.name, str(n) if n == self.n_cells else f"{n} of {self.n_cells}", *scores, *costs, *figures]) + " |")
+            base = [NONE if row.against == row.name else row.against for _ in compared]
+            lines.append("| " + " | ".join([row.name, str(n) if n == self.n_cells else f"{n} of {self.n_cells}", *base, *scores, *costs, *figures]) + " |")
         return lines
 
     def long(self, paper: dict[str, dict[str, float]]) -> list[dict]:
@@ -143,12 +146,12 @@ def write_report(table: Table, budget: Budget, names: Sequence[str], results: Re
     write_table(folder / f"{stem}.csv", pd.DataFrame([row for part in parts for row in part.long(table.paper)]), FLOATS)
     draw(folder / f"{stem}.png", table, parts, f"{table.title}\n{in_words(budget)}")
     bases = sorted({row.against for row in table.rows})
-    base = bases[0] if len(bases) == 1 else "ASCA (a baseline's: minus ASCA at the same share)"
+    base = bases[0] if len(bases) == 1 else "the one that it is compared with"
     lines = [f"# {table.title} ({in_words(budget)})", "", f"`{command(table, budget, names, noisy)}`. {setting(parts, budget, speeds)}", "", table.note, "",
              "Top-1 and macro AP of the held-out recordings (a recording's probability is the mean over its windows): the mean over folds and seeds, and where "
-             "all are there and three or more, the 95 % interval of Student's t over them. Folds share training recordings and seeds share folds, so these "
-             "intervals are rather too narrow. Over recordings: top-1 again, its 95 % interval a bootstrap over the held-out recordings of all folds, which "
-             "leaves out what another training would change. "
+             "no seed lacks a fold and they are three or more, the 95 % interval of Student's t over them. Folds share training recordings and seeds "
+             "share folds, so these intervals are rather too narrow. Over recordings: top-1 again, its 95 % interval a bootstrap over the held-out "
+             "recordings of all folds, which leaves out what another training would change. "
              f"Difference: the row minus {base}, paired by fold and seed. Padded cmAP, LRAP and ROC-AUC are in [{stem}.csv]({stem}.csv). "
              f"ASCA is `{budget.models[-1]}`."]
     if table.paper:
@@ -214,7 +217,7 @@ def draw(path: Path, table: Table, parts: Sequence[DataTable], heading: str) -> 
     panels = [(f"{part.data}: {NAMES[metric]}", [(row.name, *of_picture(part, row, metric)) for row in rows]) for part in parts for metric in SHOWN]
     panels += [(f"the paper: {data}, mAP %", [(row.name, (table.paper.get(row.name, {}).get(data, np.nan), np.nan, np.nan), ()) for row in rows])
                for data in paper_data(table.paper)]
-    plots.intervals(path, panels, heading, reference=rows[-1].against,
+    plots.intervals(path, panels, heading, reference=rows[0].against,
                     foot="small: each training; hollow: a mean that lacks trainings; bars: 95 % intervals of the mean, from three trainings on")
 
 

@@ -18,13 +18,16 @@ from sklearn.metrics import average_precision_score
 from src import experiments, folds
 from src.console import UserError
 from src.dataset import BalancedSampler, nested_share
-from src.experiment_report import interval
+from src.experiment_report import interval, interval_of_whole_seeds
 from src.experiment_results import Results
 from src.experiment_training import Workers
 from src.experiments import ExperimentSettings, Plan, open_data, train_all
 from src.metadata import read_metadata
 from src.paper_tables import BUDGETS, FULL, PAPER, SMALL, Row, read_flags
+from src.recipe_table import recipe_table
 from src.run_config import read_config
+from src.settings import flatten
+from src.train_settings import TrainSettings
 from tests.conftest import make_data
 
 TINY = ("--budget", "small", "--input-side", "64", "--epochs", "1", "--jobs", "1", "--device", "cpu")
@@ -195,6 +198,17 @@ def test_intervals_are_student_s():
     mean, low, high = interval(values)
     assert (low, high) == pytest.approx(tuple(stats.ttest_1samp(values, 0).confidence_interval())) and mean == pytest.approx(0.3125)
     assert np.isnan(interval(values[:1])[1:]).all() and np.isnan(interval(values[:0])).all()
+    by_training = pd.Series([*values, np.nan, np.nan], pd.MultiIndex.from_product([(0, 1, 2), (0, 1)], names=("seed", "fold")))
+    assert interval_of_whole_seeds(by_training, 2) == pytest.approx((mean, low, high))  # the third seed has no training yet
+    by_training.iloc[4] = 0.3
+    assert interval_of_whole_seeds(by_training, 2)[0] == pytest.approx(0.31) and np.isnan(interval_of_whole_seeds(by_training, 2)[1:]).all()
+    assert np.isnan(interval_of_whole_seeds(by_training[:2], 2)[1:]).all()
+
+
+def test_the_recipe_s_default_is_what_src_train_does():
+    default = recipe_table(FULL, ["birds"]).rows[0]
+    assert default.name == "the default"
+    assert flatten(default.settings()) == flatten(TrainSettings()) | {"model": FULL.models[-1], "input_side": FULL.side}
 
 
 @pytest.mark.parametrize(("words", "message"), [

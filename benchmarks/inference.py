@@ -46,7 +46,7 @@ PARTS = {"start": "0.75", "decode": "C0", "log-mel": "C1", "model": "C2"}  # and
 
 @dataclass(frozen=True)
 class InferenceSettings:
-    models: tuple[str, ...] = ("asca_test", "asca_nano", "asca_nano:gelu", "asca_nano:silu", "asca_nano:relu", "asca_0", "asca_0x5",
+    models: tuple[str, ...] = ("asca_test", "asca_nano", "asca_nano:gelu", "asca_nano:silu", "asca_nano:hard_swish", "asca_nano:relu", "asca_0", "asca_0x5",
                                "efficientnet_b0", "eca_nfnet_l0", "tf_efficientnetv2_s")
     engines: tuple[str, ...] = ()
     """<engine>:<precision>; by default onnxruntime:f32 and, where OpenVINO is installed, its f32 and (where the CPU has it) bf16."""

@@ -196,7 +196,8 @@ def section42(budget: Budget, data: Sequence[str]) -> Table:
                ("weight noise 0.01", ("--weight-noise", 0.01)), *([] if default["mixup_probability"] else [("mixup", ("--mixup-probability", 0.5))])]
     changes += [(f"no {name}", (f"--{setting.replace('_', '-')}", off)) for name, setting, off in AUGMENTATIONS if default[setting] != off]
     # Cheaper at inference than the exact GELU: benchmarks/results/inference_activation.md.
-    changes += [("activation: GELU by tanh", ("--activation", "gelu_tanh")), ("activation: ReLU", ("--activation", "relu"))]
+    changes += [(f"activation: {title}", ("--activation", name))
+                for title, name in (("GELU by tanh", "gelu_tanh"), ("hard swish", "hard_swish"), ("ReLU", "relu"))]
     rows = [Row("ASCA", recipe(model, budget)), *(Row(name, recipe(model, budget, *flags)) for name, flags in changes),
             Row("no background noise", recipe(model, budget), noise=False)]
     return Table("section42", "Section 4.2: regularisation and augmentation, one change at a time", tuple(rows),

@@ -23,6 +23,7 @@ CHANGES = {
 }
 DEFAULT_CHANGES = {
     "with layer norm and the exact GELU": "--attn-norm ln --activation gelu",
+    "with hard swish": "--activation hard_swish",
     "without roll, filters, stretch and mel shift": "--roll-probability 0 --filter-db 0 --stretch 0 --mel-shift-bins 0",
     "without roll and filters": "--roll-probability 0 --filter-db 0",
     "without stretch and mel shift": "--stretch 0 --mel-shift-bins 0",

@@ -52,8 +52,8 @@ def test_psla_s_logit_is_that_of_its_paper_s_probability():
 
 @pytest.mark.parametrize("settings", [AscaSettings(**kw) for kw in (
     {}, {"layout": "CCTT"}, {"layout": "CCCC"}, {"attn_norm": "bn"}, {"expand_from": "input"}, {"pool": "max"}, {"activation": "relu"},
-    {"activation": "gelu_tanh"})],
-    ids=["default", "CCTT", "CCCC", "bn", "input", "max", "relu", "gelu_tanh"])
+    {"activation": "gelu_tanh"}, {"activation": "hard_swish"})],
+    ids=["default", "CCTT", "CCCC", "bn", "input", "max", "relu", "gelu_tanh", "hard_swish"])
 def test_asca_equals_timm_s_maxxvit_under_the_same_weights(settings):
     import_timm()
     from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitConvCfg, MaxxVitTransformerCfg

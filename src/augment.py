@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import random
+from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import audio
-from .console import UserError
+from .console import UserError, say
 
 LN10 = math.log(10)
 SILENT = 1e-4  # RMS under which a stretch is silence: never amplified to reach a signal-to-noise ratio
@@ -111,6 +112,15 @@ def read_noise(folder: Path, sample_rate: int) -> dict[str, np.ndarray]:
     if not sounds:
         raise UserError(f"--noise {folder}: no readable audio files below it")
     return sounds
+
+
+def tell_heard(noise: Path, held_out: Collection[str]) -> None:
+    """Says where noise is named like held-out recordings: public noise is often cut from the very clips that are to be recognised."""
+    names = {path.stem for path in noise.rglob("*") if path.suffix.lower() in audio.SUFFIXES}
+    heard = sorted(stem for stem in (PurePosixPath(name).stem for name in held_out) if stem in names)
+    if heard:
+        say(f"--noise {noise}: {len(heard)} of its files are named like recordings that are held out here, {heard[0]} for one; where they are the "
+            "same sounds, the scores are too good")
 
 
 def _background_noise(noise: Path, settings: AugmentSettings, sample_rate: int):

@@ -189,6 +189,8 @@ def _resume(out: Path, plan: dict, partial: Path) -> list[dict]:
         parsed = [json.loads(line) for line in lines]
     except ValueError:
         parsed = []
+    if parsed and not partial.exists() and (out / DATA).exists():  # it ended between the data's last name and the header
+        os.replace(out / DATA, partial)
     if parsed and partial.exists():
         _refuse_differences(out, parsed[0], plan)
     else:

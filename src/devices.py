@@ -48,6 +48,14 @@ def start(*, device: str, precision: str, accumulate: int, threads: int):
     return accelerator
 
 
+def release(accelerator) -> None:
+    """Forgets a training whose last reference is gone, so that the next one finds the memory free and scales its gradients from the start."""
+    accelerator.free_memory()
+    accelerator.free_memory()  # the first one collects before it lets go of the network, which under autocast refers to itself
+    if accelerator.scaler:
+        accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
+
+
 def device_name(device: torch.device) -> str:
     """The GPU's own name, or the CPU's."""
     if device.type == "cuda":
@@ -64,9 +72,9 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda":  # a process of several keeps to its own GPU from the start
+            torch.cuda.set_device(device if device.index is not None else int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count()))
         torch.zeros(1, device=device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} is not usable: {str(error).splitlines()[0]}") from error
     return device

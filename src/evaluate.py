@@ -151,6 +151,9 @@ def score_submission(submission: Path, labels: Path, resamples: int = 200) -> di
     predicted, truth = read_csv(submission), read_csv(labels)
     if predicted.columns[0] != "row_id" or not {"row_id", "labels"} <= set(truth.columns):
         raise UserError(f"{submission} needs the column row_id, {labels} the columns row_id and labels")
+    doubled = predicted.row_id[predicted.row_id.duplicated()]
+    if len(doubled):
+        raise UserError(f"{submission}: {len(doubled)} row_ids stand there twice, {doubled.iloc[0]} for one")
     absent = truth.row_id[~truth.row_id.isin(predicted.row_id)]
     if len(absent):
         raise UserError(f"{submission} lacks {len(absent)} of the labelled rows, {absent.iloc[0]} for one")

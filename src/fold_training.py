@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from . import metrics, plots
-from .augment import mix
+from .augment import mix, tell_heard
 from .cache import Cache
 from .checkpoint import load_tensors, optimiser_tensors, restore_optimiser, save_tensors
 from .console import UserError, progress, say
@@ -68,6 +68,8 @@ class FoldTraining:
         if soft is not None:
             target, weight = blend(self.training, target, weight, soft, settings.soft_weight)
         self.crops = Crops(self.training, cache, target, weight, settings=settings.augment, noise=settings.noise, seed=settings.seed)
+        if settings.noise:
+            tell_heard(settings.noise, self.held_out.filename)
         share = sampling_share(self.training, power=settings.sampling_power, use_rating=settings.use_rating)
         self.sampler = BalancedSampler(share, settings.batch_size, settings.seed, n_crops=n_crops, accumulate=settings.accumulate,
                                        process=accelerator.process_index, processes=accelerator.num_processes)
@@ -110,7 +112,7 @@ class FoldTraining:
             module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)})
         restore_optimiser(self.optimiser.optimizer, tensors)
         self.history, self.seconds = facts["history"], facts.get("seconds", [])
-        if facts["scaler"]:
+        if facts["scaler"] and self.accelerator.scaler:  # one that began in fp16 may go on in another precision
             self.accelerator.scaler.load_state_dict(facts["scaler"])
 
     def write_history(self, *, finished: bool = False) -> None:

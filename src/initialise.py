@@ -12,6 +12,7 @@ From a run (pre-training on other classes) everything but the head is taken over
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -26,9 +27,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .augment import tell_heard
 from .checkpoint import load_tensors
 from .config import AudioConfig, differences
 from .console import UserError, say
+from .folds import read_folds
 from .metadata import read_csv, read_metadata, recording_id
 from .models import create_model
 from .models.asca import AscaSettings
@@ -123,10 +126,15 @@ def require_unheard(folder: Path, config: dict, held_out: Collection[str]) -> No
     except UserError as error:
         say(f"cannot check that {folder} never heard the held-out recordings: {error}")
         return
-    heard = sorted(set(map(recording_id, held_out)) & set(map(recording_id, known - set(read_csv(folder / "oof.csv").filename))))
+    never = set(read_csv(folder / "oof.csv").filename)
+    with contextlib.suppress(UserError):  # without the table of its folds, what it left out counts as heard
+        never |= {name for name, of in read_folds(Path(settings["folds"])).items() if of == -2}
+    heard = sorted(set(map(recording_id, held_out)) & set(map(recording_id, known - never)))
     if heard:
         raise UserError(f"{folder} was trained on {len(heard)} of the recordings held out here, {heard[0]} for one: the scores would be too good; "
                         "begin from a fold that held them out, or from a run on other recordings")
+    if settings["noise"]:
+        tell_heard(Path(settings["noise"]), held_out)
     if settings.get("init"):
         try:
             earlier = weights_of(Path(settings["init"]), int(folder.name[4:]))[1]

@@ -27,13 +27,13 @@ def train_fold(settings: TrainSettings, fold: int, metadata: Metadata, folds: di
     """Trains one fold to its end, or says that it is done. Raises UserError where its folder is taken or holds other settings."""
     folder, main = settings.run / f"fold{fold}", accelerator.is_main_process
     with owned(folder) if main else nullcontext():
+        training = FoldTraining(settings, fold, metadata, folds, cache, accelerator)  # raises before --restart deletes anything
+        if training.held_out.empty:
+            raise UserError(f"{settings.folds} holds out no cached recording in fold {fold}")
         if settings.restart and main:
             for name in RESULTS:
                 (folder / name).unlink(missing_ok=True)
         accelerator.wait_for_everyone()
-        training = FoldTraining(settings, fold, metadata, folds, cache, accelerator)
-        if training.held_out.empty:
-            raise UserError(f"{settings.folds} holds out no cached recording in fold {fold}")
         if (folder / "config.yaml").exists():
             changed = differences(comparable(read_config(folder)), comparable(training.config))
             if changed:
@@ -48,7 +48,6 @@ def train_fold(settings: TrainSettings, fold: int, metadata: Metadata, folds: di
             f"({'fp32' if accelerator.mixed_precision == 'no' else accelerator.mixed_precision}, {torch.get_num_threads()} CPU threads)")
         training.run()
         accelerator.wait_for_everyone()
-        accelerator.free_memory()
         say(f"fold {fold}: wrote {folder}")
 
 
@@ -61,15 +60,18 @@ def located(settings: TrainSettings) -> TrainSettings:
 
 def require_sensible(settings: TrainSettings) -> None:
     """Raises UserError for a number that no training can have meant."""
-    for names, fits, words in ((("batch_size", "accumulate", "epochs", "validate_every"), lambda value: value >= 1, "at least 1"),
+    values = vars(settings) | vars(settings.augment)
+    for names, fits, words in ((("batch_size", "accumulate", "epochs", "validate_every", "crop_choices"), lambda value: value >= 1, "at least 1"),
                                (("train_share",), lambda value: 0 < value <= 1, "above 0 and at most 1"),
                                (("label_smoothing", "ema_decay"), lambda value: 0 <= value < 1, "at least 0 and below 1"),
-                               (("learning_rate", "warmup_epochs", "weight_decay", "clip_gradient", "weight_noise", "seed"),
-                                lambda value: value >= 0, "not below 0"),
+                               (("learning_rate", "warmup_epochs", "weight_decay", "clip_gradient", "weight_noise", "seed", "threads", "gain_db", "filter_db",
+                                 "stretch", "mel_shift_bins"), lambda value: value >= 0, "not below 0"),
                                (("soft_weight", "secondary_weight"), lambda value: 0 <= value <= 1, "between 0 and 1")):
         for name in names:
-            if not fits(getattr(settings, name)):
-                raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: it is {words}")
+            if not fits(values[name]):
+                raise UserError(f"--{name.replace('_', '-')} {values[name]}: it is {words}")
+    if settings.augment.min_snr_db > settings.augment.max_snr_db:
+        raise UserError(f"--min-snr-db {settings.augment.min_snr_db:g} is above --max-snr-db {settings.augment.max_snr_db:g}")
 
 
 @stage
@@ -98,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     say(f"{len(metadata.table)} recordings, {damaged} of them damaged and left out; cache {settings.cache}, folds {settings.folds}")
     for fold in wanted:
         train_fold(settings, int(fold), metadata, folds, cache, accelerator)
+        devices.release(accelerator)
 
 
 if __name__ == "__main__":

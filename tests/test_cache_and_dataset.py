@@ -277,6 +277,19 @@ def test_uint8_comes_back_as_decibels(cached):
     assert log_mel.shape == (1, 1, 2, 1) and log_mel.flatten().tolist() == pytest.approx([-100, 20], abs=1e-4)
 
 
+def test_a_failure_while_the_header_is_written_loses_nothing(tmp_path, data, capsys, monkeypatch):
+    flags = ["--data", str(data), "--out", str(tmp_path / "c"), "--workers", "1"]
+
+    def full(*rest):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "write_json", full)
+        assert cache.main(flags) == 1 and "No space left on device; what is done is kept" in capsys.readouterr().err
+    monkeypatch.setattr(cache, "_encode", lambda job: pytest.fail("it is encoded again"))
+    assert cache.main(flags) == 0 and "18 of 18 recordings are done" in capsys.readouterr().out and len(Cache(tmp_path / "c").names) == 18
+
+
 def test_the_share_of_clipped_cells_is_counted_also_over_an_interruption(tmp_path, data, capsys, monkeypatch):
     flags = ["--data", str(data), "--out", str(tmp_path / "c"), "--db-min", "-60", "--db-max", "-10", "--workers", "1"]
     encode, done = cache._encode, []

@@ -140,6 +140,13 @@ def test_another_run_gives_all_but_the_head_and_never_a_recording_it_was_trained
     for place in (run / "fold0", run / "fold0/weights.safetensors"):
         with pytest.raises(UserError, match=f"trained on {len(heard) - len(held_out)} of the recordings held out here"):
             begin(place, "asca_test", 7, **OF_THE_RUN, held_out=heard)
+    folds = pd.read_csv(data / "folds.csv").assign(fold=lambda table: table.fold.where(table.filename.isin(held_out), -2))
+    folds.to_csv(tmp_path / "left_out.csv", index=False)  # as if only these had been in training
+    aside = shutil.copytree(run / "fold0", tmp_path / "aside/fold0")
+    config = read_config(aside)
+    config["settings"]["folds"] = str(tmp_path / "left_out.csv")
+    (aside / "config.yaml").write_text(yaml.safe_dump(config))
+    begin(aside, "asca_test", 7, **OF_THE_RUN, held_out=heard)  # what was left out was not heard
     later = tmp_path / "later/fold0"  # trained on other recordings, and begun from the run that knows these
     shutil.copytree(run / "fold0", later)
     (tmp_path / "train_metadata.csv").write_text("primary_label,secondary_labels,author,filename\nx,[],,x/1.ogg\n")

@@ -68,6 +68,11 @@ def test_finished_folds_are_skipped_and_changed_settings_refused(run, train_flag
     table = pd.read_csv(fold_table)
     table.assign(fold=(table.fold + 1) % 3).to_csv(other, index=False)
     assert train.main([*flags, "--folds", str(other)]) == 1 and "recordings.held_out_digest" in capsys.readouterr().err
+    whole = sorted(path.name for path in (run / "fold0").iterdir())
+    assert train.main([*flags, "--restart", "--noise", str(run / "fold0")]) == 1 and "no readable audio files below it" in capsys.readouterr().err
+    assert sorted(path.name for path in (run / "fold0").iterdir()) == whole, "nothing is deleted ahead of a mistake"
+    for wrong in (["--crop-choices", "0"], ["--gain-db", "-6.0"], ["--mel-shift-bins", "-1"], ["--threads", "-1"], ["--min-snr-db", "25.0"]):
+        assert train.main([*flags, *wrong]) == 1 and f"{wrong[0]} {float(wrong[1]):g}" in capsys.readouterr().err.replace(".0:", ":")
     for wrong in (["--learning-rate", "-1.0"], ["--label-smoothing", "1"], ["--warmup-epochs", "-1"], ["--train-share", "1.5"], ["--epochs", "0"]):
         assert train.main([*flags, *wrong]) == 1 and f"{wrong[0]} {wrong[1]}" in capsys.readouterr().err
 

@@ -1,21 +1,26 @@
 """Several processes, parts of batches, the moving average, other losses and heads, soft labels."""
 
 import copy
+import shutil
 import subprocess
 import sys
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from src import cache, distil, evaluate, train
+from src import cache, devices, distil, evaluate, train
 from src.augment import random_filter, roll
-from src.checkpoint import load_tensors
+from src.checkpoint import load_tensors, save_tensors
 from src.config import AudioConfig
 from src.console import UserError
 from src.cuda_graphs import replayed
 from src.dataset import BalancedSampler
+from src.fold_training import FoldTraining
 from src.folds import read_folds
 from src.losses import multi_label_loss
 from src.metadata import read_metadata
@@ -169,3 +174,42 @@ def test_recorded_passes_equal_launched_ones():
     torch.testing.assert_close(launched(log_mel), recorded(log_mel), rtol=1e-3, atol=1e-3)
     for a, b in zip(launched.parameters(), recorded.parameters()):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-2, atol=1e-3)
+
+
+def test_fp16_s_scale_begins_anew_with_each_fold_and_may_be_left_behind(tmp_path, run, train_flags, monkeypatch):
+    accelerator = SimpleNamespace(free_memory=lambda: None, device=torch.device("cpu"), scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+    devices.release(accelerator)
+    assert accelerator.scaler.get_scale() == 65536
+    flags = [*train_flags, "--run", str(tmp_path), "--validate-every", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(FoldTraining, "finish", lambda training: None)
+        assert train.main(flags) == 0
+    checkpoint = tmp_path / "fold0/checkpoint.safetensors"
+    tensors, facts = load_tensors(checkpoint)
+    save_tensors(checkpoint, tensors, facts | {"scaler": torch.amp.GradScaler("cpu").state_dict()})  # as a GPU in fp16 left it
+    assert train.main(flags) == 0 and (tmp_path / "fold0/weights.safetensors").read_bytes() == (run / "fold0/weights.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_finished_fold_s_memory_is_free_when_the_next_begins(tmp_path, train_flags, monkeypatch, precision):
+    alive, known = [], []
+    begin = FoldTraining.__init__
+
+    def counted(training, *rest):
+        alive.append(sum(model() is not None for model in known))
+        begin(training, *rest)
+        known.append(weakref.ref(training.model))
+
+    monkeypatch.setattr(FoldTraining, "__init__", counted)
+    flags = [*train_flags, "--run", str(tmp_path), "--epochs", "1", "--precision", precision]
+    for _ in range(2):  # the second time all folds are finished
+        assert train.main([*flags, "--fold", "0", "1"]) == 0
+    assert alive[0] == alive[1] == alive[3] == 0
+
+
+def test_noise_that_is_named_like_held_out_recordings_is_told(tmp_path, data, run, train_flags, capsys):
+    name = pd.read_csv(run / "fold0/oof.csv").filename[0]
+    (tmp_path / "noise").mkdir()
+    shutil.copy(data / "noise/wind.ogg", tmp_path / "noise" / Path(name).name)
+    assert train.main([*train_flags, "--run", str(tmp_path / "run"), "--epochs", "1", "--noise", str(tmp_path / "noise")]) == 0
+    assert f"1 of its files are named like recordings that are held out here, {Path(name).stem} for one" in capsys.readouterr().out

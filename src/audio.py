@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
-import struct
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,12 +17,12 @@ import soxr
 from numpy.lib.stride_tricks import sliding_window_view
 
 from .config import AudioConfig
+from .containers import flac_excess, flac_shortage, ogg_fault, wav_fault
 
 SUFFIXES = (".ogg", ".oga", ".opus", ".wav", ".flac", ".mp3", ".aif", ".aiff")
 EPSILON = 1e-10  # added to the power: silence becomes -100 dB, not -inf
 BLOCK_FRAMES = 125  # spectrogram frames computed at once: their arrays stay in a core's cache and on the heap, which halves the time
 BLOCK_SECONDS = 2.0  # decoded at once: stays in the cache too
-UNKNOWN_SIZES = (range(0x7FFF0000, 0x80000001), range(0xFFFF0000, 0x100000000))  # in a WAV whose writer could not know its length: it was a pipe
 MAX_RATE = 2_000_000  # Hz; recorders of bats reach 500,000
 MIN_BYTES_PER_SECOND = 8  # a header that claims more audio than this per byte of file is damaged
 
@@ -49,7 +46,7 @@ def read_header(path: Path | str) -> Header:
     try:
         with soundfile.SoundFile(path) as file:
             header = Header(file.samplerate, file.frames)
-        size = os.path.getsize(path)
+        size, excess = os.path.getsize(path), flac_excess(path)
     except (soundfile.LibsndfileError, OSError, RuntimeError, TypeError) as error:
         raise DamagedAudio(_cause(path, error)) from error
     if header.n_samples <= 0:
@@ -57,6 +54,8 @@ def read_header(path: Path | str) -> Header:
                            "ffmpeg -i OLD NEW recovers what it holds")
     if not 1000 <= header.sample_rate <= MAX_RATE or header.seconds > size / MIN_BYTES_PER_SECOND + 1:
         raise DamagedAudio(f"header claims {header.seconds:.0f} s at {header.sample_rate} Hz in {size} bytes")
+    if excess:
+        raise DamagedAudio(excess)
     return header
 
 
@@ -66,69 +65,6 @@ def _cause(path: Path | str, error: Exception) -> str:
     if os.path.getsize(path) == 0:
         return "empty file"
     return str(getattr(error, "error_string", error)).strip().rstrip(".") or type(error).__name__
-
-
-def ogg_fault(path: Path | str) -> str:
-    """What is wrong with an Ogg file's pages (RFC 3533), which Vorbis decodes around in silence: a wrong checksum, a page lost, doubled or
-    cut, no end of stream, another stream behind it. "" where nothing is, and for other formats."""
-    next_page: dict[int, int] = {}  # of each logical stream, by serial number
-    with open(path, "rb") as file:
-        if file.read(4) != b"OggS":
-            return ""
-        file.seek(0)
-        number, at_end, begun = 0, False, False
-        while header := file.read(27):
-            if header[:4] != b"OggS":
-                return "" if at_end else f"damaged: no Ogg page follows page {number}"  # a tag behind the end is none of ours
-            sizes = file.read(header[26]) if len(header) == 27 else b""
-            body = file.read(sum(sizes))
-            if len(header) < 27 or len(sizes) < header[26] or len(body) < sum(sizes):
-                return "truncated: the last Ogg page is cut"
-            flags, serial, sequence, checksum = struct.unpack("<5xB8xIII1x", header)
-            if _ogg_crc(header[:22] + bytes(4) + header[26:] + sizes + body) != checksum:
-                return f"damaged: the checksum of Ogg page {number + 1} is wrong"
-            if flags & 2 and begun:  # streams side by side all begin ahead of the first page of sound
-                return "chained: only the first of several streams decodes"
-            if sequence != next_page.get(serial, sequence):
-                return f"damaged: Ogg page {number + 1} is not the one that follows page {number}"
-            next_page[serial], at_end, number, begun = sequence + 1, bool(flags & 4), number + 1, not flags & 2
-    return "" if at_end else "truncated: the last Ogg page lacks the end-of-stream flag"
-
-
-_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
-
-
-def _ogg_crc(page: bytes) -> int:
-    """Ogg's CRC-32 is zlib's with every byte's bits in the other order, and nothing inverted at its begin and end."""
-    crc = zlib.crc32(page.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
-    return int(f"{crc:032b}"[::-1], 2)
-
-
-def wav_fault(path: Path | str) -> str:
-    """Whether a WAV's data chunk promises more than the file holds, which libsndfile passes over. "" where not, and for other formats."""
-    with open(path, "rb") as file:
-        riff = file.read(12)
-        if riff[:4] != b"RIFF" or riff[8:] != b"WAVE":
-            return ""
-        while len(chunk := file.read(8)) == 8:
-            name, size = struct.unpack("<4sI", chunk)
-            if name == b"data":
-                missing = file.tell() + size - os.path.getsize(path)
-                return f"truncated: the data chunk promises {missing} bytes more" if missing > 0 and not any(size in sizes for sizes in UNKNOWN_SIZES) else ""
-            file.seek(size + size % 2, os.SEEK_CUR)
-    return ""
-
-
-def mp3_fault(path: Path | str) -> str:
-    """Whether an MP3 lacks the frame that says how long it is, so that libsndfile guesses by the first bit rate and stops there.
-    "" where not, and for other formats. What decodes may still be all, so `read_blocks` does not ask."""
-    with open(path, "rb") as file:
-        while (tag := file.read(10))[:3] == b"ID3" and len(tag) == 10:
-            size = int.from_bytes(bytes(tag[6:]), "big")  # four times seven bits
-            file.seek(sum((size >> 8 * place & 127) << 7 * place for place in range(4)) + (10 if tag[5] & 16 else 0), os.SEEK_CUR)
-        first = tag + file.read(4096)
-    is_mp3 = len(first) > 2 and first[0] == 0xFF and first[1] >= 0xE0
-    return "MP3 without a length header: its end may be missing" if is_mp3 and not re.search(b"Xing|Info|VBRI", first) else ""
 
 
 def read_blocks(path: Path | str, sample_rate: int) -> Iterator[np.ndarray]:
@@ -161,7 +97,10 @@ def read_blocks(path: Path | str, sample_rate: int) -> Iterator[np.ndarray]:
         if skips_damage:  # these decoders go on behind a gap as if there were none
             cause += f"; times behind the damage are up to {(header.n_samples - n_decoded) / header.sample_rate:.1f} s early"
     if cause is None:
-        cause = ogg_fault(path) or wav_fault(path) or None
+        try:
+            cause = ogg_fault(path) or wav_fault(path) or flac_shortage(path) or None
+        except OSError as error:
+            cause = _cause(path, error)
     if cause:
         raise DamagedAudio(cause)
 

@@ -18,13 +18,15 @@ class UserError(Exception):
     """A fault that the user can mend. Its text names the file and the remedy; a stage prints it and exits 1."""
 
 
-def stage(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Makes a stage's `main(argv)` end well: 0 done, 1 with one line for a UserError, 130 / 143 for Ctrl-C / SIGTERM."""
+def stage(main: Callable[..., int | None], *, kept: str = "what was finished is kept, {again} continues") -> Callable[..., int]:
+    """Makes a stage's `main(argv)` end well: 0 done, 1 with one line for a UserError, 130 / 143 for Ctrl-C / SIGTERM, after saying what is `kept`."""
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
         name = main.__module__ if main.__module__ != "__main__" else sys.modules["__main__"].__spec__.name
         previous = signal.signal(signal.SIGTERM, _interrupt)
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a species' name must not end hours of work where the console has an old code page
         try:
             return main(argv) or 0
         except UserError as error:
@@ -33,7 +35,7 @@ def stage(main: Callable[..., int | None]) -> Callable[..., int]:
         except KeyboardInterrupt as interrupt:
             code = 143 if interrupt.args else 130
             again = "the same command without --restart" if "--restart" in (sys.argv if argv is None else argv) else "the same command"
-            print(f"\n{name}: interrupted; what was finished is kept, {again} continues", file=sys.stderr)
+            print(f"\n{name}: interrupted; {kept.format(again=again)}", file=sys.stderr)
             return code
         finally:
             signal.signal(signal.SIGTERM, previous)

@@ -116,7 +116,7 @@ def _text_cell(text: str) -> str:
 
 
 def raven(detections: Sequence[Detection], file: str, names: Names, band: tuple[float, float]) -> str:
-    """A Raven selection table, tab separated, in BirdNET-Analyzer's columns."""
+    """A Raven selection table, tab separated."""
     lines = ["\t".join(RAVEN)]
     for number, d in enumerate(detections, start=1):
         lines.append("\t".join([str(number), "Spectrogram 1", "1", _text_cell(file.rpartition("/")[2]), f"{d.start:.3f}", f"{d.end:.3f}",
@@ -194,7 +194,8 @@ class DetectionTables:
         return [s for s in soundscapes if s.name not in kept]
 
     def _is_done(self, soundscape: Soundscape, entry: dict) -> bool:
-        return entry.items() >= _state(soundscape.path).items() and all(path.exists() for path in self._outputs(soundscape).values())
+        state = _state(soundscape.path)
+        return bool(state) and entry.items() >= state.items() and all(path.exists() for path in self._outputs(soundscape).values())
 
     def _outputs(self, soundscape: Soundscape) -> dict[str, Path]:
         tables = {name: self.folder / (soundscape.name + SUFFIXES[name]) for name in self.formats}
@@ -207,7 +208,7 @@ class DetectionTables:
         """Writes a recording's tables: (n, C) probabilities and (n,) whether the models made them."""
         file, outputs = self._file(soundscape), self._outputs(soundscape)
         detections = find_detections(probability, known, self.classes, self.thresholds, soundscape.seconds)
-        texts = {"raven": lambda: raven(detections, file, self.names, (self.config.fmin, self.config.fmax)),
+        texts = {"raven": lambda: raven(detections, file, self.names, (self.config.fmin, min(self.config.fmax, soundscape.sample_rate / 2))),
                  "audacity": lambda: audacity(detections, self.names), "csv": lambda: table(detections, file, self.names)}
         for name in self.formats:
             write_text(outputs[name], texts[name]())
@@ -248,5 +249,9 @@ def _record(line: str) -> dict:
 
 
 def _state(path: Path) -> dict[str, int]:
-    facts = os.stat(path)
+    """By which a changed recording is known; empty where it has disappeared."""
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return {}
     return {"bytes": facts.st_size, "mtime_ns": facts.st_mtime_ns}

@@ -61,7 +61,7 @@ def draw_classes(path: Path, table: pd.DataFrame) -> Path:
 
 def draw_durations(path: Path, table: pd.DataFrame, window_seconds: float = AudioConfig.window_seconds) -> Path:
     """How long the recordings are, and what share of all the sound lies in the long ones."""
-    seconds = np.sort(table.duration_s.dropna().to_numpy())
+    seconds = np.sort(table.duration_s[table.duration_s > 0].to_numpy())
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     many, sound = figure.subplots(1, 2)
     if not len(seconds):
@@ -94,7 +94,7 @@ def draw_authors(path: Path, table: pd.DataFrame, n: int = 20) -> Path:
 
 def draw_places(path: Path, table: pd.DataFrame) -> Path:
     """Where the recordings were made: longitude and latitude over a graticule of 30 degrees, and the densest part of it."""
-    places = table[["longitude", "latitude"]].dropna().to_numpy()
+    places = table[table.longitude.between(-180, 180) & table.latitude.between(-90, 90)][["longitude", "latitude"]].to_numpy()
     figure = Figure(figsize=(14, 5.2), layout="constrained")
     world, near = figure.subplots(1, 2, width_ratios=(2, 1))
     if not len(places):
@@ -112,7 +112,7 @@ def draw_places(path: Path, table: pd.DataFrame) -> Path:
         world.text(-178, level + 1, name, fontsize=7, color="0.4")
     counts, x, y = np.histogram2d(*places.T, bins=(np.arange(-180, 181, 10), np.arange(-90, 91, 10)))
     column, row = np.unravel_index(counts.argmax(), counts.shape)
-    inside = (np.digitize(places[:, 0], x) == column + 1) & (np.digitize(places[:, 1], y) == row + 1)
+    inside = (np.digitize(places[:, 0], x[1:-1]) == column) & (np.digitize(places[:, 1], y[1:-1]) == row)
     centre = np.median(places[inside], axis=0)
     near.set(xlim=centre[0] + np.array([-10, 10]), ylim=centre[1] + np.array([-10, 10]), aspect="equal", title="around the densest 10 degrees")
     return _save(figure, path)

@@ -119,11 +119,20 @@ def export_fold(folder: Path) -> None:
         onnx.helper.set_model_props(graph, {
             "audio": json.dumps(config["audio"]), "classes": json.dumps(config["classes"]), "prior": json.dumps(config["prior"]),
             "model": config["settings"]["model"], "weights_sha256": digest})
+        forget_origin(graph.graph)
         onnx.save(graph, partial)
         logit, probability = assert_parity(model, partial, log_mel)
     write_text(folder / "model.onnx.sha256", f"{sha256(out)}  model.onnx\n")
     say(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB): within {logit:.1e} (logits) and {probability:.1e} (probabilities) "
         f"of torch on {len(log_mel)} held-out windows")
+
+
+def forget_origin(graph: onnx.GraphProto) -> None:
+    """Takes out what torch notes of its source on every node: the paths of whoever exported would travel with the model, and the same
+    weights would give another file in another folder."""
+    for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
 
 
 def _unchanged(out: Path) -> bool:

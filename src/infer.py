@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from .deadline import Guard
 from .onnx_models import OnnxModel, find_models
 from .scoring import TIME_WAS_UP, Ensemble, score
 from .soundscapes import Soundscape, find_soundscapes
-from .storage import safe_cell, sha256, write_table
+from .storage import owned_file, safe_cell, sha256, write_table
 
 MARGIN_SECONDS, MARGIN_SHARE = 5.0, 0.02  # of the time limit kept free, beside twice what the last write and its validation take
 
@@ -100,7 +101,7 @@ def check_options(options: argparse.Namespace) -> None:
         raise UserError(f"--started {options.started:.0f} lies in the future or is no time; it is seconds since 1970, as `date +%s` prints")
 
 
-@stage
+@partial(stage, kept="the submission holds the rows that were last written, and the same command begins it anew; finished tables are kept")
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     check_options(options)
@@ -116,7 +117,8 @@ def main(argv: list[str] | None = None) -> int:
     if not soundscapes:
         say(f"no audio file ({', '.join(sorted(audio.SUFFIXES))}) in {options.soundscapes}" + ("" if options.recursive else "; --recursive looks below it too"))
     for_people = set(options.format) & set(detections.SUFFIXES) or options.pictures
-    with open_tables(options, models, classes) if for_people else nullcontext() as tables:
+    with (owned_file(options.out) if submission_too else nullcontext(),
+          open_tables(options, models, classes) if for_people else nullcontext() as tables):
         to_do = tables.to_do(soundscapes, again=submission_too) if tables else soundscapes
         if len(to_do) < len(soundscapes):
             say(f"continuing {options.tables}: {len(soundscapes) - len(to_do)} of {len(soundscapes)} recordings are done")
@@ -124,6 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         guard = Guard(seconds, hop_seconds=options.hop_seconds, full_hop_seconds=submission.ROW_SECONDS, n_models=len(models),
                       n_rows=sum(s.n_rows for s in to_do if not s.fault), window_seconds=[model.audio.window_seconds for model in models])
         ensemble = Ensemble(models, classes, guard, options.pooling)
+        guard.reserve = MARGIN_SECONDS + MARGIN_SHARE * max(0.0, guard.left()) if guard.limited else 0.0
         file = begin_submission(options.out, soundscapes, classes, ensemble.prior, guard) if submission_too else None
         for result in score(to_do, ensemble, batch_size=options.batch_size or max(8, 2 * threads), overviews=bool(options.pictures)):
             soundscape = to_do[result.number]
@@ -177,9 +180,9 @@ def begin_submission(path: Path, soundscapes: list[Soundscape], classes: Sequenc
         file.write()
         say(f"{path} holds the prior until rows come")
         return file
-    left, began = guard.left(), guard.clock()
+    began = guard.clock()
     faults = file.write_and_check()
-    guard.reserve = 2 * (guard.clock() - began) + MARGIN_SECONDS + MARGIN_SHARE * max(0.0, left)
+    guard.reserve += 2 * (guard.clock() - began)
     say(f"wrote {path}, filled with the prior ({'; '.join(faults) or 'valid'}); {guard.left() / 60:.2f} min for scoring")
     return file
 

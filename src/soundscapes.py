@@ -15,6 +15,7 @@ import pandas as pd
 from . import audio, submission
 from .config import AudioConfig
 from .console import UserError
+from .containers import mp3_fault
 
 QUEUED_BATCHES = 16  # decoded ahead of the model
 OVERVIEW_COLUMNS = 2000  # as many as a screen shows
@@ -27,6 +28,7 @@ class Soundscape:
     path: Path
     name: str  # below the folder, without the suffix, "/" between: what its row ids begin with
     seconds: float  # by the header
+    sample_rate: int  # Hz, of the file; 0: its header is unreadable
     n_rows: int
     seconds_decoded: float = 0.0
     fault: str = ""
@@ -35,11 +37,12 @@ class Soundscape:
 
 
 def find_soundscapes(folder: Path, expected_seconds: float, *, recursive: bool = False, to_the_end: bool = False) -> list[Soundscape]:
-    """The audio files of a folder, by name, with their numbers of rows (`submission.n_rows`) from their headers. Hidden files are passed over."""
+    """The audio files of a folder, by name, with their numbers of rows (`submission.n_rows`) from their headers. Hidden files are passed over,
+    links that lead nowhere are damaged recordings."""
     if not folder.is_dir():
         raise UserError(f"--soundscapes {folder} is no folder; name the one that holds the long recordings")
     paths = sorted(path for path in (_below(folder) if recursive else folder.iterdir())
-                   if path.suffix.lower() in audio.SUFFIXES and path.is_file() and not path.name.startswith("."))
+                   if path.suffix.lower() in audio.SUFFIXES and not path.name.startswith(".") and (path.is_file() or not path.exists()))
     odd = [path for path in paths if any("\udc80" <= mark <= "\udcff" for mark in str(path))]  # bytes that are no text
     if odd:
         raise UserError(f"{ascii(str(odd[0]))}: its name is not UTF-8 ({len(odd)} such name(s)); rename it (convmv -f latin1 -t utf8 does whole folders)")
@@ -50,10 +53,11 @@ def find_soundscapes(folder: Path, expected_seconds: float, *, recursive: bool =
     soundscapes = []
     for path, name in zip(paths, names):
         try:
-            seconds, fault = audio.read_header(path).seconds, ""
+            header = audio.read_header(path)
+            seconds, sample_rate, fault = header.seconds, header.sample_rate, ""
         except audio.DamagedAudio as error:
-            seconds, fault = expected_seconds, f"no readable header: {error}"
-        soundscapes.append(Soundscape(path, name, seconds, submission.n_rows(seconds, to_the_end=to_the_end), fault=fault))
+            seconds, sample_rate, fault = expected_seconds, 0, f"no readable header: {error}"
+        soundscapes.append(Soundscape(path, name, seconds, sample_rate, submission.n_rows(seconds, to_the_end=to_the_end), fault=fault))
     return soundscapes
 
 
@@ -181,9 +185,10 @@ def _decode_one(number: int, soundscape: Soundscape, batch_size: int) -> Iterato
                     while len(waiting[config]) >= batch_size:
                         yield number, config, np.stack(waiting[config][:batch_size])
                         del waiting[config][:batch_size]
-            soundscape.fault = audio.mp3_fault(soundscape.path)
-        except audio.DamagedAudio as error:
-            soundscape.fault = str(error)
+            fault = mp3_fault(soundscape.path)
+        except (audio.DamagedAudio, OSError) as error:
+            fault = str(error)
+        soundscape.fault = soundscape.fault or fault  # the scorer's "the time was up" may stand there
         for config, stream in streams.items():
             waiting[config] += stream.finish()
             for first in range(0, len(waiting[config]), batch_size):

@@ -103,19 +103,36 @@ def sha256(path: Path | str) -> str:
 @contextlib.contextmanager
 def owned(folder: Path | str) -> Iterator[None]:
     """Holds `folder` for this process; a second process is refused while the first lives (the kernel frees the lock)."""
-    folder = Path(folder)
+    with _held(Path(folder) / ".lock", f"{folder}", "folder"):
+        yield
+
+
+@contextlib.contextmanager
+def owned_file(path: Path) -> Iterator[None]:
+    """The same for a file to be written; the lock beside it is deleted in the end."""
+    lock = path.with_name(f".{path.name}.lock")
+    with _held(lock, f"{path}", "file"):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows keeps what is open
+                lock.unlink()
+
+
+@contextlib.contextmanager
+def _held(lock: Path, what: str, kind: str) -> Iterator[None]:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
-        lock.acquire()
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(lock, timeout=0)
+        held.acquire()
     except Timeout:
-        raise UserError(f"{folder} is in use by another process; wait for it, or name another folder") from None
+        raise UserError(f"{what} is in use by another process; wait for it, or name another {kind}") from None
     except OSError as error:
-        raise UserError(f"cannot use {folder}: {error.strerror or error}") from error
+        raise UserError(f"cannot use {what}: {error.strerror or error}") from error
     try:
         yield
     finally:
-        lock.release()
+        held.release()
 
 
 def fold_folders(run: Path, *files: str) -> list[Path]:

@@ -7,7 +7,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src import audio
+from src import audio, containers
 from src.config import AudioConfig
 from src.console import UserError
 from tests.conftest import waveform
@@ -121,7 +121,7 @@ def test_no_flipped_bit_of_a_wav_s_rate_takes_the_memory(tmp_path, bit):
 def test_every_flipped_bit_of_an_ogg_file_is_found(tmp_path_factory, where, bit):
     path = tmp_path_factory.mktemp("ogg") / "a.ogg"
     soundfile.write(path, waveform(2.0), 32_000, format="OGG", subtype="VORBIS")
-    assert audio.ogg_fault(path) == ""
+    assert containers.ogg_fault(path) == ""
     content = bytearray(path.read_bytes())
     content[int(where * len(content))] ^= 1 << bit
     path.write_bytes(content)
@@ -173,6 +173,28 @@ def test_a_truncated_wav_is_named_and_one_from_a_pipe_is_not(tmp_path):
     for kind in ("RF64", "AIFF", "FLAC"):
         soundfile.write(path, waveform(2), 32_000, format=kind)
         assert decoded(path) == (2.0, "")
+        path.write_bytes(path.read_bytes()[:-64_000])
+        seconds, cause = decoded(path)
+        assert 0.5 < seconds < 1.1 and (cause if kind == "FLAC" else cause == "truncated: the header promises 64000 bytes more"), kind
+
+
+def test_a_flac_s_length_is_believed_as_far_as_its_frames_have_room(tmp_path):
+    path = tmp_path / "x.flac"
+    soundfile.write(path, waveform(60), 32_000)
+    whole = path.read_bytes()
+    verdicts = {}
+    for bit in range(36):  # of STREAMINFO's total
+        content = bytearray(whole)
+        content[8 + 17 - bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        claimed = 60 * 32_000 ^ 1 << bit
+        try:
+            audio.read_header(path)
+            verdicts[claimed / 32_000] = decoded(path)[1]
+        except audio.DamagedAudio as error:
+            assert claimed > 200 * 32_000 and f"counts {claimed} samples" in str(error) or "header claims" in str(error)
+    assert max(verdicts) < 400, "no header of hours for a minute of sound"
+    assert all(cause for seconds, cause in verdicts.items() if seconds < 50 or seconds > 60)
 
 
 def test_a_chained_ogg_file_is_named_and_streams_side_by_side_are_not(tmp_path):
@@ -183,7 +205,7 @@ def test_a_chained_ogg_file_is_named_and_streams_side_by_side_are_not(tmp_path):
     assert decoded(tmp_path / "c.ogg") == (30.0, "chained: only the first of several streams decodes")
     begin = 28 + second[27]  # the first page: a header of 27 bytes, one size, so many bytes
     (tmp_path / "d.ogg").write_bytes(second[:begin] + first + second[begin:])
-    assert audio.ogg_fault(tmp_path / "d.ogg") == ""
+    assert containers.ogg_fault(tmp_path / "d.ogg") == ""
 
 
 def test_times_behind_lost_data_are_said_to_be_early(tmp_path):
@@ -204,11 +226,11 @@ def test_an_mp3_without_a_length_is_told_from_one_with_it(tmp_path):
     tag = b"ID3\x04\0\0\0\0\x01\x02" + bytes(130)
     for head in (b"", tag, tag + tag):
         path.write_bytes(head + content)
-        assert audio.mp3_fault(path) == ""
+        assert containers.mp3_fault(path) == ""
         path.write_bytes(head + content[second:])
-        assert audio.mp3_fault(path) == "MP3 without a length header: its end may be missing"
+        assert containers.mp3_fault(path) == "MP3 without a length header: its end may be missing"
     soundfile.write(path, sound, 32_000, format="WAV")
-    assert audio.mp3_fault(path) == ""
+    assert containers.mp3_fault(path) == ""
 
 
 def test_an_unusable_recipe_is_refused():

@@ -7,6 +7,7 @@ import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -115,6 +116,17 @@ def test_other_numbers_than_the_golden_example_s_are_refused(copy, spoil, messag
     spoil(pd.read_csv(copy / "golden/submission.csv", index_col="row_id")).to_csv(copy / "golden/submission.csv")
     with pytest.raises(UserError, match=message):
         golden.check(copy / "golden", kaggle.runs(copy))
+
+
+def test_small_probabilities_of_other_species_are_no_golden_example(tmp_path):
+    rng = np.random.default_rng(0)
+    exact = pd.DataFrame(rng.uniform(0.001, 0.09, (6, 264)), index=pd.Index([f"s_{5 * k}" for k in range(1, 7)], name="row_id"))
+    exact.to_csv(tmp_path / "exact.csv")
+    for spoil, words in ((lambda t: t * rng.uniform(0.97, 1.03, t.shape), ""), (lambda t: t * 0, "correlation"), (lambda t: t.iloc[:, ::-1].to_numpy() + 0 * t,
+                         "correlation"), (lambda t: t + 0.2, "probabilities by 0.2"), (lambda t: t.iloc[1:], "probabilities by nan")):
+        spoil(exact).to_csv(tmp_path / "found.csv")
+        said = golden._distance(tmp_path / "found.csv", tmp_path / "exact.csv")
+        assert words in said and bool(words) == bool(said)
 
 
 def test_a_lossy_precision_travels_with_its_verdict_and_is_tried_before_it_is_used(tmp_path, measured_run, built_lossy, soundscapes, capfd, monkeypatch):

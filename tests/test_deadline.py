@@ -1,4 +1,5 @@
 import subprocess
+import time
 
 import numpy as np
 import pandas as pd
@@ -95,6 +96,13 @@ def test_a_limit_that_is_far_too_short_leaves_a_valid_submission(slow, capsys):
     assert infer.main([*flags, "--time-limit", "5", "--started", "1000000000"]) == 0  # over before it began
     assert np.allclose(pd.read_csv(slow / "t.csv", index_col="row_id"), PRIOR)
     assert infer.main([*flags, "--time-limit", "5", "--started", "9e12"]) == 1 and "lies in the future" in capsys.readouterr().err
+
+
+def test_tables_alone_end_before_the_limit_too(slow, tmp_path, capsys):
+    flags = ["--run", str(slow / "run"), "--soundscapes", str(slow / "soundscapes"), "--format", "csv", "--tables", str(tmp_path / "t"), "--threads", "1"]
+    began = time.monotonic()
+    assert infer.main([*flags, "--time-limit", "0.1"]) == 0 and time.monotonic() - began < 3
+    assert "the time was up before" in capsys.readouterr().out and (tmp_path / "t/all_detections.csv").exists()
 
 
 def test_a_competition_sets_the_expected_length_and_the_limit(slow, tmp_path, capsys):

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -160,3 +162,42 @@ def test_an_interrupted_folder_is_continued_with_the_same_bytes(tmp_path, run, f
 def test_bad_options_are_refused(tmp_path, run, field, capsys):
     for flags, message in ((["--format", "xls"], "--format xls"), (["--threshold", "2"], "--threshold must be"), (["--competition", "birdclef"], "known are")):
         assert detect(run, field, tmp_path, *flags) == 1 and message in capsys.readouterr().err
+
+
+def test_a_recording_that_disappears_costs_itself_alone(tmp_path, run, field, monkeypatch, capsys):
+    season = shutil.copytree(field / "season", tmp_path / "season")
+    add = detections.DetectionTables.add
+
+    def unplugged(self, soundscape, *rest):
+        if soundscape.name == "day 1/rec":
+            soundscape.path.unlink()
+            (season / "day 2/x.flac").unlink()
+        add(self, soundscape, *rest)
+
+    monkeypatch.setattr(detections.DetectionTables, "add", unplugged)
+    flags = ["--run", str(run), "--soundscapes", str(season), "--recursive", "--tables", str(tmp_path / "tables"), "--format", "csv", "--threads", "1"]
+    assert infer.main(flags) == 0 and (tmp_path / "tables/day 2/y.detections.csv").exists()
+    failed = pd.read_csv(tmp_path / "tables/failures.csv")
+    assert failed.set_index("filename").cause["day 2/x.flac"] == "missing file"
+    monkeypatch.undo()
+    for _ in range(2):  # back again, and never taken for done before
+        shutil.copytree(field / "season", season, dirs_exist_ok=True)
+        capsys.readouterr()
+        assert infer.main(flags) == 0
+    assert "6 of 6 recordings are done" in capsys.readouterr().out and "x.flac" not in (tmp_path / "tables/failures.csv").read_text()
+
+
+def test_a_selection_ends_under_half_the_recording_s_rate(tmp_path, run):
+    (tmp_path / "in").mkdir()
+    soundfile.write(tmp_path / "in/slow.wav", waveform(6, 8_000), 8_000)
+    flags = ["--run", str(run), "--soundscapes", str(tmp_path / "in"), "--tables", str(tmp_path / "out"), "--format", "raven", "--threshold", "0"]
+    assert infer.main([*flags, "--threads", "1"]) == 0
+    table = pd.read_csv(tmp_path / "out/slow.raven.txt", sep="\t")
+    assert len(table) and set(table["High Freq (Hz)"]) == {4000}
+
+
+def test_a_console_of_an_old_code_page_ends_nothing(tmp_path, run):
+    make_soundscape(tmp_path / "ünï 日本/x.ogg", 5.0)
+    command = [sys.executable, "-m", "src.infer", "--run", str(run), "--soundscapes", str(tmp_path / "ünï 日本"), "--out", str(tmp_path / "s.csv")]
+    done = subprocess.run([*command, "--threads", "1"], env={**os.environ, "PYTHONIOENCODING": "cp1252"}, stdout=subprocess.PIPE, text=True, encoding="cp1252")
+    assert done.returncode == 0 and r"\u65e5\u672c" in done.stdout

@@ -16,7 +16,8 @@ from src import audio, cache, checkpoint, devices, export, infer, onnx_models, p
 from src.config import AudioConfig
 from src.metadata import read_csv
 from src.predict import predict
-from src.storage import sha256
+from src.soundscapes import decode, find_soundscapes
+from src.storage import owned_file, sha256
 from tests.conftest import make_soundscape, waveform
 
 
@@ -108,6 +109,22 @@ def test_damaged_soundscapes_get_the_prior_and_leave_the_others_alone(tmp_path, 
     assert "5 damaged soundscape(s)" in capsys.readouterr().out
 
 
+def test_a_link_that_leads_nowhere_is_a_damaged_soundscape(tmp_path, run, soundscapes):
+    shutil.copytree(soundscapes, tmp_path / "in")
+    (tmp_path / "in/gone.ogg").symlink_to(tmp_path / "unplugged/gone.ogg")
+    table = score(run, tmp_path / "in", tmp_path / "s.csv", "--expected-seconds", "10")
+    assert table.index[table.index.str.startswith("gone")].tolist() == ["gone_5", "gone_10"]
+    assert read_csv(tmp_path / "s_failures.csv").cause.tolist() == ["no readable header: missing file"]
+
+
+def test_what_the_scorer_says_of_a_soundscape_stands_when_the_decoder_ends_later(soundscapes):
+    found = find_soundscapes(soundscapes, 600.0)[-1:]
+    batches = decode(found, lambda s: {AudioConfig(): submission.window_starts(s.n_rows, 5.0, 5.0)}, 1)
+    next(batches)
+    found[0].fault = "the time was up"
+    assert len(list(batches)) > 1 and found[0].fault == "the time was up"
+
+
 def test_a_window_without_a_finite_number_costs_its_own_row_alone_and_is_listed(tmp_path, run, soundscapes, monkeypatch):
     expected, probabilities = score(run, soundscapes, tmp_path / "a.csv"), onnx_models.OnnxModel.probabilities
 
@@ -148,7 +165,7 @@ def test_the_sample_s_columns_are_honoured_and_a_mismatch_stops(tmp_path, run, s
     assert "typo.csv is not readable" in capsys.readouterr().err
 
 
-def test_an_interruption_leaves_a_whole_submission(tmp_path, run, soundscapes, monkeypatch):
+def test_an_interruption_leaves_a_whole_submission(tmp_path, run, soundscapes, monkeypatch, capsys):
     finished, scoring = score(run, soundscapes, tmp_path / "a.csv"), infer.score
 
     def one_and_no_more(*rest, **options):
@@ -159,6 +176,7 @@ def test_an_interruption_leaves_a_whole_submission(tmp_path, run, soundscapes, m
     monkeypatch.setattr(infer, "score", one_and_no_more)
     monkeypatch.setattr(submission.SubmissionFile, "write_if_due", submission.SubmissionFile.write)
     assert infer.main(["--run", str(run), "--soundscapes", str(soundscapes), "--out", str(tmp_path / "b.csv"), "--threads", "1"]) == 130
+    assert "the same command begins it anew" in capsys.readouterr().err and sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "b.csv"]
     assert infer.main(["--check", str(tmp_path / "b.csv"), "--soundscapes", str(soundscapes)]) == 0
     table = pd.read_csv(tmp_path / "b.csv", index_col="row_id")
     pd.testing.assert_frame_equal(table[:2], finished[:2], check_exact=True)
@@ -169,6 +187,9 @@ def test_the_output_s_place_is_known_to_work_before_scoring(tmp_path, run, sound
     flags = ["--run", str(run), "--soundscapes", str(soundscapes), "--threads", "1", "--format", "submission,csv"]
     with monkeypatch.context() as patch:
         patch.setattr(infer, "score", lambda *rest, **options: pytest.fail("scored for nothing"))
+        with owned_file(tmp_path / "taken.csv"):
+            assert infer.main([*flags, "--out", str(tmp_path / "taken.csv")]) == 1
+        assert f"{tmp_path / 'taken.csv'} is in use by another process" in capsys.readouterr().err
         assert infer.main([*flags, "--out", str(tmp_path)]) == 1 and f"--out {tmp_path} is a folder" in capsys.readouterr().err
         assert infer.main([*flags, "--out", str(tmp_path / "x"), "--tables", str(tmp_path / "x")]) == 1 and "cannot write" in capsys.readouterr().err
     assert infer.main([*flags, "--out", str(tmp_path / "result")]) == 0
@@ -203,6 +224,15 @@ def test_a_changed_model_is_refused_and_a_missing_one_exported(tmp_path, run, so
     path.unlink()
     score(tmp_path / "run", soundscapes, tmp_path / "s.csv")
     assert path.exists()
+
+
+def test_an_export_tells_nothing_of_the_place_it_was_made_in(tmp_path, run):
+    shutil.copytree(run / "fold0", tmp_path / "elsewhere/fold0", ignore=shutil.ignore_patterns("model.onnx*"))
+    code = "import os, sys; sys.path[:0] = [os.getcwd()]; from src import export; sys.exit(export.main(['--run', sys.argv[1]]))"
+    shutil.copytree("src", tmp_path / "project/src")
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "elsewhere")], cwd=tmp_path / "project").returncode == 0
+    there = (tmp_path / "elsewhere/fold0/model.onnx").read_bytes()
+    assert there == (run / "fold0/model.onnx").read_bytes() and b"src/models" not in there and b"File " not in there
 
 
 def test_a_model_is_opened_once_and_exported_again_for_other_weights(tmp_path, run, monkeypatch):

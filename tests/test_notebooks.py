@@ -118,6 +118,9 @@ def test_what_the_table_does_not_say_is_left_out_of_its_pictures(tmp_path, data)
     assert table.latitude.dropna().to_dict() == {0: -1.5} and table.longitude.dropna().to_dict() == {0: 36.8}
     facts = explore.summary(table)[""]
     assert facts["with a place"] == "1" and facts["recordists"] == f"0; {len(raw)} recordings have none"
+    odd = table.assign(duration_s=[0.0] + [2.0] * (len(table) - 1), latitude=90.0, longitude=[500.0] + [180.0] * (len(table) - 1))
+    for draw in (explore.draw_durations, explore.draw_places):
+        assert draw(tmp_path / "odd.png", odd).exists()
     nothing = table.assign(duration_s=np.nan, latitude=np.nan)
     for draw in (explore.draw_durations, explore.draw_authors, explore.draw_places):
         assert draw(tmp_path / "nothing.png", nothing).exists()

@@ -209,3 +209,13 @@ def test_odd_time_series_are_refused(tmp_path, capsys, form, old, new, message):
     assert prepare.main(["ucr", str(tmp_path / "Ramps"), "--out", str(tmp_path / "out")]) == 1 and message in capsys.readouterr().err
     shutil.copy(file, file.with_name(f"Other_TRAIN.{form}"))
     assert prepare.main(["ucr", str(tmp_path / "Ramps"), "--out", str(tmp_path / "out")]) == 1 and "instead of one" in capsys.readouterr().err
+
+
+def test_clips_behind_links_to_other_disks_are_refused_at_once(tmp_path, capsys):
+    for number, split in enumerate(("train", "test")):
+        tone(tmp_path / f"disk{number}/{split}/{number}0-g-f_I2yQ_000001.wav", 10, 22_050, 700)
+        (tmp_path / "source").mkdir(exist_ok=True)
+        (tmp_path / "source" / split).symlink_to(tmp_path / f"disk{number}" / split)
+    (tmp_path / "source/vggsound.csv").write_text('00-g-f_I2yQ,1,"a",train\n10-g-f_I2yQ,1,"b",test\n')
+    assert prepare.main(["vggsound", str(tmp_path / "source"), "--out", str(tmp_path / "out")]) == 1
+    assert "leads out of" in capsys.readouterr().err

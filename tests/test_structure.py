@@ -14,7 +14,7 @@ from src.storage import atomic, atomic_folder
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    {"console", "config", "storage", "settings", "competitions", "deadline"},
+    {"console", "config", "containers", "storage", "settings", "competitions", "deadline"},
     {"audio", "metrics", "metadata", "submission", "plots", "checkpoint", "demo_data", "onnx_models", "run_config", "engines", "soundscapes",
      "scoring", "detections"},
     {"prepare", "sources", "folds", "folds_audit", "cache", "augment", "waveforms", "dataset", "models", "predict", "mistakes", "losses", "devices",

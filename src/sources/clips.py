@@ -56,7 +56,8 @@ def read_rows(file: Path, form: Sequence[str]) -> Iterator[tuple[int, list[str]]
 def link_clips(clips: Sequence[Clip], source: Path, out: Path) -> list[str]:
     """Links the folder that holds all clips as `out`/train_audio and returns each one's file name there, `<id>_<start>.wav` where it is missing.
 
-    The clips may lie at any depth below `source`; a file is one clip, the first that it fits. Raises UserError where none is there.
+    The clips may lie at any depth below `source`; a file is one clip, the first that it fits. Raises UserError where none is there, or one is
+    a link out of that folder.
     """
     found, others = {}, set()
     for folder, folders, files in os.walk(source, followlinks=True):
@@ -72,5 +73,7 @@ def link_clips(clips: Sequence[Clip], source: Path, out: Path) -> list[str]:
         why = f"there are {', '.join(sorted(others))} files: convert them to wav or flac first" if others else "clips are named <id>.wav or <id>_<start>.wav"
         raise UserError(f"none of the {len(clips)} clips is below {source}; {why}")
     root = Path(os.path.commonpath([path.parent for path in paths if path]))
+    if stray := next((path for path in paths if path and not path.resolve().is_relative_to(root.resolve())), None):
+        raise UserError(f"{stray} leads out of {root} by a link, which the next stages refuse; move all clips below one real folder")
     link(root, out / "train_audio")
     return [path.relative_to(root).as_posix() if path else f"{clip.stems()[0]}.wav" for clip, path in zip(clips, paths)]

@@ -24,7 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 from benchmarks.machine import about
 from src import submission
 from src.config import AudioConfig
-from src.console import say, stage
+from src.console import UserError, say, stage
 from src.demo_data import noise, write_audio
 from src.settings import parse
 from src.soundscapes import find_soundscapes
@@ -91,16 +91,23 @@ def last_plan(text: str) -> str:
     return "; then ".join(plans) or "all"
 
 
-def killed(root: Path, after: float, seconds: float) -> tuple[bool, int]:
-    """Starts a run, kills it so many seconds after its first submission stands, and judges what is left."""
+def started(root: Path, words: list[str]) -> subprocess.Popen:
+    """A run whose first submission stands."""
     (root / "s.csv").unlink(missing_ok=True)
-    process = subprocess.Popen(limited(root, seconds), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (root / "s.csv").exists() and process.poll() is None:
         time.sleep(0.01)
+    return process
+
+
+def killed(root: Path, after: float, seconds: float) -> tuple[bool, int] | None:
+    """Starts a run, kills it so many seconds after its first submission stands, and judges what is left; None where it had ended by then."""
+    process = started(root, limited(root, seconds))
     time.sleep(after)
+    alive = process.poll() is None
     process.kill()
     process.wait()
-    return verdict(root)
+    return verdict(root) if alive else None
 
 
 @stage
@@ -114,7 +121,10 @@ def main(argv: list[str] | None = None) -> int:
         for number in range(settings.soundscapes):
             write_audio(root / f"soundscapes/soundscape_{number}.ogg", noise(60, "wind", rng) * 0.02)
         began = time.time()
-        subprocess.run(command(root), check=True, stdout=subprocess.DEVNULL)
+        process = started(root, command(root))
+        ready = time.time() - began
+        if process.wait():
+            raise UserError("src.infer failed")
         needed = time.time() - began
         valid, n_rows = verdict(root)
         lines, n_good = [f"| none | {needed:.1f} | {'yes' if valid else 'NO'} | {n_rows} of {n_rows} | all |"], 0
@@ -125,15 +135,17 @@ def main(argv: list[str] | None = None) -> int:
             n_good += valid and took <= limit
             lines.append(f"| {limit:.1f} ({fraction:.2f}) | {took:.1f} | {'yes' if valid else 'NO'} | {scored} of {n_rows} | {last_plan(text)} |")
             say(lines[-1])
-        after_kill = [killed(root, moment, 2 * needed) for moment in rng.uniform(0, needed * 0.9, settings.kills)]
+        after_kill: list[tuple[bool, int]] = []
+        while len(after_kill) < settings.kills:
+            after_kill += filter(None, [killed(root, rng.uniform(0, needed - ready), 2 * needed)])
         n_valid = sum(valid for valid, _ in after_kill)
     text = "\n".join([
         "# Deadline guard", "", about(" ".join(["python -m benchmarks.deadline", *(sys.argv[1:] if argv is None else argv)])), "",
         f"{settings.soundscapes} soundscapes of a minute, three models of {settings.layers} convolutions of 7 x 7, one thread, windows every 2.5 s; load "
         f"average {load:.1f} at the start. A limit is from the process's start; valid: complete, and passed by the validator.", "",
-        f"**Limits:** valid and before the limit {n_good} times of {settings.limits}. **`kill -9`** at {settings.kills} random moments: a valid, complete "
-        f"submission was left {n_valid} times of {settings.kills}, with {min(rows for _, rows in after_kill)} to {max(rows for _, rows in after_kill)} rows "
-        "scored already.", "",
+        f"**Limits:** valid and before the limit {n_good} times of {settings.limits}. **`kill -9`** at {settings.kills} random moments of scoring: "
+        f"a valid, complete submission was left {n_valid} times of {settings.kills}, with {min(rows for _, rows in after_kill)} to "
+        f"{max(rows for _, rows in after_kill)} rows scored already.", "",
         "| limit, s (share of what all takes) | took, s | valid | rows scored, others hold the prior | plan |", "|---|---|---|---|---|", *lines, ""])
     write_text(settings.out, text)
     say(text)

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 
@@ -92,11 +92,16 @@ def peak_tflops(device: torch.device, side: int) -> float:
     return 2 * side**3 / min(seconds) / 1e12
 
 
+def network_of(settings: SpeedSettings) -> ModelSettings:
+    """src.train's defaults, at the size that is measured."""
+    return replace(TrainSettings().network, input_side=settings.input_side)
+
+
 def training_of(model: str, inputs: Inputs, accelerator, settings: SpeedSettings) -> FoldTraining:
     """A training of src.train, in epochs of `steps` full batches however few the recordings; one recording is held out."""
     folds = {name: int(number > 0) for number, name in enumerate(inputs.metadata.table.filename)}
     options = TrainSettings(run=inputs.folder / model.replace(":", "_"), model=model, batch_size=settings.batch_size, epochs=len(EPOCHS), noise=inputs.noise,
-                            workers=settings.workers, compile=settings.compile, network=ModelSettings(input_side=settings.input_side))
+                            workers=settings.workers, compile=settings.compile, network=network_of(settings))
     training = FoldTraining(options, 0, inputs.metadata, folds, inputs.cache, accelerator)
     training.sampler.batch_size, training.sampler.n_batches = settings.batch_size, settings.steps
     return training
@@ -124,7 +129,10 @@ def made_per_second(training: FoldTraining) -> float:
 def measure(model: str, peak: float, inputs: Inputs, accelerator, settings: SpeedSettings) -> str:
     """The model's line of the table."""
     device, audio = accelerator.device, inputs.cache.config
-    accelerator.free_memory()  # of the model before
+    devices.release(accelerator)  # of the model before
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     training = training_of(model, inputs, accelerator, settings)
     parameters = sum(p.numel() for p in training.model.parameters()) / 1e6
     training.record()
@@ -136,7 +144,7 @@ def measure(model: str, peak: float, inputs: Inputs, accelerator, settings: Spee
     mixed = trained_per_second(training, iter(training.loader(EPOCHS)))
     training.crops.waveform_augment = None
     cached = trained_per_second(training, iter(training.loader(EPOCHS)))
-    network = create_model(model, settings.n_classes, audio, ModelSettings(input_side=settings.input_side)).eval()
+    network = create_model(model, settings.n_classes, audio, network_of(settings)).eval()
     gmacs = count_gmacs(network, torch.zeros(1, 1, audio.n_mels, audio.window_frames))
     cells = (model, f"{parameters:.1f}", f"{gmacs:.2f}", f"{alone:,.0f}", f"{6 * gmacs * alone / 1e3 / peak:.1%}", memory,
              *(f"{speed:,.0f} ({speed / alone - 1:+.1%})" for speed in (cached, mixed)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,10 +20,11 @@ from benchmarks.machine import about
 from src.config import AudioConfig
 from src.console import UserError, progress, say, stage
 from src.export import assert_parity, write_onnx
-from src.models import MODELS, ModelSettings, create_model
+from src.models import MODELS, create_model
 from src.network_cost import count_gmacs, made_log_mel, settle
 from src.settings import parse
 from src.storage import write_text
+from src.train_settings import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def measure(name: str, settings: ModelsSettings) -> tuple[str, bool]:
     audio = AudioConfig()
     log_mel = made_log_mel(8, audio)
     torch.manual_seed(0)
-    model = create_model(name, settings.n_classes, audio, ModelSettings(input_side=settings.input_side, drop_path=0.0))
+    model = create_model(name, settings.n_classes, audio, replace(TrainSettings().network, input_side=settings.input_side))
     parameters = sum(p.numel() for p in model.parameters())
     began = time.process_time()  # of one thread: what else the machine does plays no part
     dead = unreached(model.train(), log_mel[: settings.batch_size])

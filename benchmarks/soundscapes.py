@@ -96,7 +96,7 @@ def write_soundscapes(made: Composition, folder: Path, snr_db: tuple[float, ...]
 
 def window_probabilities(model: OnnxModel, paths: list[Path], starts: np.ndarray, batch_size: int) -> np.ndarray:
     """(files, windows, C), by the decoding and the windows of src.infer. Raises UserError where a file does not decode."""
-    soundscapes = [Soundscape(path, path.stem, 0.0, 0) for path in paths]
+    soundscapes = [Soundscape(path, path.stem, 0.0, 0, 0) for path in paths]
     parts: list[list[np.ndarray]] = [[] for _ in paths]
     for number, config, windows in ahead(decode(soundscapes, lambda _: {model.audio: starts}, batch_size)):
         if config is not None:

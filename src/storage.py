@@ -103,36 +103,40 @@ def sha256(path: Path | str) -> str:
 @contextlib.contextmanager
 def owned(folder: Path | str) -> Iterator[None]:
     """Holds `folder` for this process; a second process is refused while the first lives (the kernel frees the lock)."""
-    with _held(Path(folder) / ".lock", f"{folder}", "folder"):
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        lock = _acquired(Path(folder) / ".lock", f"{folder} is in use by another process; wait for it, or name another folder")
+    except OSError as error:
+        raise UserError(f"cannot use {folder}: {error.strerror or error}") from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager
 def owned_file(path: Path) -> Iterator[None]:
-    """The same for a file to be written; the lock beside it is deleted in the end."""
-    lock = path.with_name(f".{path.name}.lock")
-    with _held(lock, f"{path}", "file"):
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # Windows keeps what is open
-                lock.unlink()
-
-
-@contextlib.contextmanager
-def _held(lock: Path, what: str, kind: str) -> Iterator[None]:
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(lock, timeout=0)
-        held.acquire()
-    except Timeout:
-        raise UserError(f"{what} is in use by another process; wait for it, or name another {kind}") from None
-    except OSError as error:
-        raise UserError(f"cannot use {what}: {error.strerror or error}") from error
+    """The same for a file to be written, where the place knows locks; the lock beside it is deleted in the end."""
+    lock = None
+    with contextlib.suppress(OSError, NotImplementedError):  # a file system without locks is no reason to write nothing
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = _acquired(path.with_name(f".{path.name}.lock"), f"{path} is in use by another process; wait for it, or name another file")
     try:
         yield
     finally:
-        held.release()
+        if lock is not None:
+            with contextlib.suppress(OSError):  # Windows keeps what is open
+                Path(lock.lock_file).unlink()
+            lock.release()
+
+
+def _acquired(file: Path, taken: str) -> FileLock:
+    lock = FileLock(file, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(taken) from None
+    return lock
 
 
 def fold_folders(run: Path, *files: str) -> list[Path]:

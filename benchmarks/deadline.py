@@ -100,9 +100,13 @@ def started(root: Path, words: list[str]) -> subprocess.Popen:
     return process
 
 
+OFTEN = "import sys; from src import infer, submission; submission.WRITE_EVERY = 0.2; sys.exit(infer.main(sys.argv[1:]))"
+
+
 def killed(root: Path, after: float, seconds: float) -> tuple[bool, int] | None:
-    """Starts a run, kills it so many seconds after its first submission stands, and judges what is left; None where it had ended by then."""
-    process = started(root, limited(root, seconds))
+    """Starts a run that writes its rows as often as it may, kills it so many seconds after its first submission stands, and judges what is
+    left; None where it had ended by then."""
+    process = started(root, [sys.executable, "-c", OFTEN, *limited(root, seconds)[3:]])
     time.sleep(after)
     alive = process.poll() is None
     process.kill()
@@ -143,9 +147,9 @@ def main(argv: list[str] | None = None) -> int:
         "# Deadline guard", "", about(" ".join(["python -m benchmarks.deadline", *(sys.argv[1:] if argv is None else argv)])), "",
         f"{settings.soundscapes} soundscapes of a minute, three models of {settings.layers} convolutions of 7 x 7, one thread, windows every 2.5 s; load "
         f"average {load:.1f} at the start. A limit is from the process's start; valid: complete, and passed by the validator.", "",
-        f"**Limits:** valid and before the limit {n_good} times of {settings.limits}. **`kill -9`** at {settings.kills} random moments of scoring: "
-        f"a valid, complete submission was left {n_valid} times of {settings.kills}, with {min(rows for _, rows in after_kill)} to "
-        f"{max(rows for _, rows in after_kill)} rows scored already.", "",
+        f"**Limits:** valid and before the limit {n_good} times of {settings.limits}. **`kill -9`** at {settings.kills} random moments of scoring, "
+        f"the rows being written after each soundscape: a valid, complete submission was left {n_valid} times of {settings.kills}, with "
+        f"{min(rows for _, rows in after_kill)} to {max(rows for _, rows in after_kill)} rows scored already.", "",
         "| limit, s (share of what all takes) | took, s | valid | rows scored, others hold the prior | plan |", "|---|---|---|---|---|", *lines, ""])
     write_text(settings.out, text)
     say(text)

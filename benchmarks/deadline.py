@@ -106,7 +106,7 @@ OFTEN = "import sys; from src import infer, submission; submission.WRITE_EVERY =
 def killed(root: Path, after: float, seconds: float) -> tuple[bool, int] | None:
     """Starts a run that writes its rows as often as it may, kills it so many seconds after its first submission stands, and judges what is
     left; None where it had ended by then."""
-    process = started(root, [sys.executable, "-c", OFTEN, *limited(root, seconds)[3:]])
+    process = started(root, [sys.executable, "-c", OFTEN, *limited(root, seconds)[3:]])  # in the place of python -m src.infer
     time.sleep(after)
     alive = process.poll() is None
     process.kill()

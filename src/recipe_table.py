@@ -35,8 +35,8 @@ DEFAULT_CHANGES = {
 def recipe_table(budget: Budget, data: Sequence[str]) -> Table:
     size = ("--model", budget.models[-1], "--input-side", str(budget.side))
 
-    def row(name: str, flags: str, against: str = "the default", **noise: bool) -> Row:
-        return Row(name, (*size, "--epochs", str(budget.epochs), *flags.split()), against, **{"noise": False} | noise)
+    def row(name: str, flags: str, against: str = "the default", *, noise: bool = False) -> Row:
+        return Row(name, (*size, "--epochs", str(budget.epochs), *flags.split()), against, noise=noise)
 
     rows = [row("the default", DEFAULT), *(row(f"the default {name}", f"{DEFAULT} {change}") for name, change in DEFAULT_CHANGES.items()),
             row("the default with background noise", DEFAULT, noise=True),

@@ -204,7 +204,7 @@ def test_a_finished_fold_s_memory_is_free_when_the_next_begins(tmp_path, train_f
     flags = [*train_flags, "--run", str(tmp_path), "--epochs", "1", "--precision", precision]
     for _ in range(2):  # the second time all folds are finished
         assert train.main([*flags, "--fold", "0", "1"]) == 0
-    assert alive[0] == alive[1] == alive[3] == 0
+    assert alive == [0, 0, 0, 0]
 
 
 def test_noise_that_is_named_like_held_out_recordings_is_told(tmp_path, data, run, train_flags, capsys):

@@ -31,7 +31,7 @@ from benchmarks.real_birds import call, paired_gain
 from src import devices, metrics
 from src.cache import Cache
 from src.config import AudioConfig, differences
-from src.console import UserError, progress, say, stage
+from src.console import UserError, progress, resumable, say
 from src.dataset import SCORED_SECONDS
 from src.evaluate import NAMES, read_oof
 from src.folds import read_folds
@@ -206,7 +206,7 @@ def prepare(settings: PlainSettings) -> tuple[Path, Path]:
     return folds, cache
 
 
-@stage
+@resumable
 def main(argv: list[str] | None = None) -> None:
     settings = parse(PlainSettings, argv, prog="python -m benchmarks.plain_loop", description=__doc__)
     torch.set_num_threads(settings.threads)

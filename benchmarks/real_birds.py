@@ -19,7 +19,7 @@ import pandas as pd
 from benchmarks.logistic_baseline import out_of_fold as baseline
 from benchmarks.machine import about
 from src import evaluate, metrics
-from src.console import UserError, say, stage
+from src.console import UserError, resumable, say
 from src.run_config import read_config
 from src.settings import parse
 from src.storage import write_text
@@ -51,7 +51,7 @@ def paired_gain(target: np.ndarray, ours: np.ndarray, theirs: np.ndarray, resamp
     return {name: metrics.estimate(v, -1) for name, v in gain.items()}
 
 
-@stage
+@resumable
 def main(argv: list[str] | None = None) -> None:
     settings = parse(ChainSettings, argv, prog="python -m benchmarks.real_birds", description=__doc__)
     name = settings.run.name

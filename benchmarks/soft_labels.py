@@ -18,7 +18,7 @@ import pandas as pd
 from benchmarks.machine import about
 from benchmarks.real_birds import call, paired_gain
 from src import evaluate, metrics
-from src.console import UserError, say, stage
+from src.console import UserError, resumable, say
 from src.folds import read_folds
 from src.run_config import read_config
 from src.settings import parse
@@ -67,7 +67,7 @@ def train_teachers(fold: int, teachers: Path, settings: SoftLabelSettings) -> No
     call("src.train", "--config", config, "--run", teachers, "--folds", table, "--fold", "all", "--threads", settings.threads)
 
 
-@stage
+@resumable
 def main(argv: list[str] | None = None) -> None:
     settings = parse(SoftLabelSettings, argv, prog="python -m benchmarks.soft_labels", description=__doc__)
     by_fold, metadata, given = evaluate.out_of_fold(settings.run, (), None)

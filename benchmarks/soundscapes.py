@@ -27,7 +27,7 @@ from benchmarks.machine import about
 from benchmarks.pooling import window_starts
 from benchmarks.soundscape_report import NAMES, SHOWN, Scored, draw, markdown, measure
 from src import audio, evaluate, plots, submission
-from src.console import UserError, progress, say, stage, usable_cores
+from src.console import UserError, progress, resumable, say, usable_cores
 from src.demo_data import write_audio
 from src.metadata import Metadata
 from src.onnx_models import OnnxModel, find_models
@@ -183,7 +183,7 @@ def report(settings: SoundscapeSettings, by_fold: dict[int, list[Scored]], windo
     say(f"wrote {settings.results}/soundscapes.md, soundscapes.png and {settings.run}/soundscapes/example.png, example.ogg")
 
 
-@stage
+@resumable
 def main(argv: list[str] | None = None) -> None:
     settings = parse(SoundscapeSettings, argv, prog="python -m benchmarks.soundscapes", description=__doc__)
     if settings.seconds < 30 or min(settings.per_fold, settings.events, settings.resamples) < 1 or not settings.snr_db:

@@ -17,7 +17,7 @@ import pandas as pd
 from benchmarks.machine import about
 from benchmarks.real_birds import call, paired_gain
 from src import evaluate, metrics
-from src.console import UserError, say, stage
+from src.console import UserError, resumable, say
 from src.run_config import read_config
 from src.settings import parse
 from src.storage import write_text
@@ -35,7 +35,7 @@ class TwoProcessesSettings:
     results: Path = Path("benchmarks/results")
 
 
-@stage
+@resumable
 def main(argv: list[str] | None = None) -> None:
     settings = parse(TwoProcessesSettings, argv, prog="python -m benchmarks.two_processes", description=__doc__)
     folds = list(dict.fromkeys(settings.fold))

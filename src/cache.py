@@ -17,7 +17,7 @@ import pandas as pd
 
 from . import audio
 from .config import AudioConfig, differences
-from .console import UserError, begin_worker, progress, say, stage, usable_cores
+from .console import UserError, begin_worker, progress, resumable, say, usable_cores
 from .metadata import read_csv, read_metadata
 from .settings import parse
 from .storage import owned, safe_cell, sha256, sync_folder, write_json, write_table, write_text
@@ -249,7 +249,7 @@ def clipped_share(entries: list[dict], config: AudioConfig) -> str:
             + (f" (in {len(counted)} of the {len(entries)} recordings)" if len(counted) < len(entries) else ""))
 
 
-@stage
+@resumable
 def main(argv: list[str] | None = None) -> int:
     settings = parse(CacheSettings, argv, prog="python -m src.cache", description=__doc__, of_data="cache.yaml")
     out = settings.out or cache_folder(settings.data[0])

@@ -18,7 +18,7 @@ class UserError(Exception):
     """A fault that the user can mend. Its text names the file and the remedy; a stage prints it and exits 1."""
 
 
-def stage(main: Callable[..., int | None], *, kept: str = "what was finished is kept, {again} continues") -> Callable[..., int]:
+def stage(main: Callable[..., int | None], *, kept: str = "nothing stands half-written, {again} begins anew") -> Callable[..., int]:
     """Makes a stage's `main(argv)` end well: 0 done, 1 with one line for a UserError, 130 / 143 for Ctrl-C / SIGTERM, after saying what is `kept`."""
 
     @functools.wraps(main)
@@ -41,6 +41,9 @@ def stage(main: Callable[..., int | None], *, kept: str = "what was finished is 
             signal.signal(signal.SIGTERM, previous)
 
     return run
+
+
+resumable = functools.partial(stage, kept="what was finished is kept, {again} continues")
 
 
 def _interrupt(signum: int, frame: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .console import UserError, say, stage
+from .console import UserError, resumable, say
 from .demo_data import make
 from .evaluate import score_submission
 from .metadata import read_csv
@@ -38,7 +38,7 @@ def permuted(labels: Path, out: Path) -> Path:
     return out
 
 
-@stage
+@resumable
 def main(argv: list[str] | None = None) -> int:
     began = time.perf_counter()
     if not (DATA / "train_metadata.csv").exists():

@@ -19,7 +19,7 @@ from . import cache as cache_stage
 from . import folds as fold_stage
 from .cache import Cache
 from .config import AudioConfig
-from .console import UserError, progress, say, stage, usable_cores
+from .console import UserError, progress, resumable, say, usable_cores
 from .devices import device_name
 from .experiment_report import stem_of, write_report
 from .experiment_results import FLOATS, SPEED, Cell, Results, read_table
@@ -240,7 +240,7 @@ def only(tables: list[Table], names: Collection[str]) -> list[Table]:
     return [replace(table, rows=tuple(row for row in table.rows if row.name in wanted)) for table in tables]
 
 
-@stage
+@resumable
 def main(argv: list[str] | None = None) -> int:
     settings = completed(parse(ExperimentSettings, argv, prog="python -m src.experiments", description=__doc__))
     budget, results = budget_of(settings), Results(settings.results)

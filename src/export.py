@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .checkpoint import load_tensors
 from .config import AudioConfig
-from .console import UserError, say, stage
+from .console import UserError, resumable, say
 from .dataset import to_log_mel
 from .models import ModelSettings, create_model
 from .models.asca import AscaSettings, MBConv
@@ -139,7 +139,7 @@ def _unchanged(out: Path) -> bool:
     return (out.parent / "model.onnx.sha256").read_text(encoding="utf-8").split()[:1] == [sha256(out)]
 
 
-@stage
+@resumable
 def main(argv: list[str] | None = None) -> None:
     settings = parse(ExportSettings, argv, prog="python -m src.export", description=__doc__)
     trained = {folder.name.removeprefix("fold"): folder for folder in fold_folders(settings.run, "weights.safetensors")}

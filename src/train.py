@@ -11,7 +11,7 @@ import torch
 from . import devices
 from .cache import Cache, cache_folder
 from .config import differences
-from .console import UserError, say, stage
+from .console import UserError, resumable, say
 from .fold_training import FoldTraining
 from .folds import fold_table, read_folds
 from .metadata import Metadata, read_metadata
@@ -74,7 +74,7 @@ def require_sensible(settings: TrainSettings) -> None:
         raise UserError(f"--min-snr-db {settings.augment.min_snr_db:g} is above --max-snr-db {settings.augment.max_snr_db:g}")
 
 
-@stage
+@resumable
 def main(argv: list[str] | None = None) -> None:
     settings = located(parse(TrainSettings, argv, prog="python -m src.train", description=__doc__, of_data="train.yaml"))
     require_sensible(settings)

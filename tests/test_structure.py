@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from src.console import UserError
+from src.console import resumable, stage
 from src.storage import atomic, atomic_folder
 
 ROOT = Path(__file__).parents[1]
@@ -112,3 +113,12 @@ def test_a_folder_is_replaced_whole_and_a_link_s_target_is_left_alone(tmp_path):
             (partial / "new").touch()
         assert [p.name for p in (tmp_path / name).iterdir()] == ["new"] and (tmp_path / "x/old").exists() == (name == "link")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "x"] and not (tmp_path / "link").is_symlink()
+
+
+def test_an_interrupted_stage_promises_no_more_than_it_keeps(capsys):
+    def work(argv):
+        raise KeyboardInterrupt
+
+    for wrapped, words in ((stage(work), "the same command begins anew"), (resumable(work), "the same command continues")):
+        assert wrapped([]) == 130 and words in capsys.readouterr().err
+    assert resumable(work)(["--restart"]) == 130 and "the same command without --restart continues" in capsys.readouterr().err

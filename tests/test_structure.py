@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from src.console import UserError
-from src.console import resumable, stage
+from src.console import UserError, resumable, stage
 from src.storage import atomic, atomic_folder
 
 ROOT = Path(__file__).parents[1]

@@ -39,6 +39,7 @@ def recipe_table(budget: Budget, data: Sequence[str]) -> Table:
         return Row(name, (*size, "--epochs", str(budget.epochs), *flags.split()), against, noise=noise)
 
     rows = [row("the default", DEFAULT), *(row(f"the default {name}", f"{DEFAULT} {change}") for name, change in DEFAULT_CHANGES.items()),
+            row("the default over twice the epochs", f"{DEFAULT} --epochs {2 * budget.epochs}"),
             row("the default with background noise", DEFAULT, noise=True),
             Row("paper.yaml (its 30 epochs)", ("--config", PAPER_YAML, *size), "the default", noise=False),
             row("all steps", ALL), *(row(name, f"{ALL} {change}", "all steps") for name, change in CHANGES.items())]

@@ -18,7 +18,7 @@ import pandas as pd
 from .config import AudioConfig, differences
 from .console import UserError, say
 from .metadata import read_csv
-from .soundscapes import Overview, Soundscape
+from .soundscapes import Overview, Soundscape, beside
 from .storage import atomic, owned, safe_cell, write_text
 from .submission import ROW_SECONDS
 
@@ -53,11 +53,8 @@ def find_detections(probability: np.ndarray, known: np.ndarray, classes: Sequenc
 
 def read_names(file: Path | None, folder: Path) -> Names:
     """Species' names from a taxonomy (eBird's columns or BirdCLEF's), by default from a table beside the soundscapes' folder."""
-    beside = folder.resolve().parent
-    candidates = [file] if file else [beside / "taxonomy.csv", *sorted(beside.glob("eBird_Taxonomy_v*.csv")), beside / "train_metadata.csv"]
+    candidates = [file] if file else [path for pattern in ("taxonomy.csv", "eBird_Taxonomy_v*.csv", "train_metadata.csv") for path in beside(folder, pattern)]
     for path in candidates:
-        if not file and not path.exists():
-            continue
         table = read_csv(path)
         label, scientific, common = next((names for names in NAME_COLUMNS if names[0] in table), (None, None, None))
         if label is None:
@@ -93,12 +90,16 @@ def _read_species(file: Path, classes: Sequence[str], names: Names) -> set[str]:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not a readable list of species: {error}") from error
-    label_of = {name.casefold(): label for label in classes for name in names.get(label, ()) if name} | {label: label for label in classes}
+    labels_of: dict[str, set[str]] = {}  # several may share a name
+    for label in classes:
+        for name in filter(None, names.get(label, ())):
+            labels_of.setdefault(name.casefold(), set()).add(label)
+    labels_of |= {label: {label} for label in classes}
     listed, unknown = set(), []
     for line in filter(None, lines):
-        found = next((label_of[key] for part in (line, *line.split("_")) for key in (part, part.casefold()) if key in label_of), None)
-        listed |= {found} - {None}
-        unknown += [line] * (found is None)
+        found = next((labels_of[key] for part in (line, *line.split("_")) for key in (part, part.casefold()) if key in labels_of), set())
+        listed |= found
+        unknown += [line] * (not found)
     if not listed:
         raise UserError(f"{file} names none of the models' species ({', '.join(classes[:5])}, ...); one code or name a line")
     _tell_unknown(file, unknown)

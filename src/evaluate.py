@@ -20,6 +20,7 @@ from .metrics import NAMES
 from .run_config import comparable, read_config
 from .settings import parse
 from .storage import fold_folders, safe_cell, write_table
+from .submission import read_labels, read_rows
 
 
 @dataclass(frozen=True)
@@ -148,28 +149,17 @@ def per_class_table(classes: list[str], metadata: Metadata, truth: np.ndarray, p
 
 def score_submission(submission: Path, labels: Path, resamples: int = 200) -> dict[str, metrics.Estimate]:
     """A submission's scores against a CSV of row_id and labels. Raises UserError where rows or species do not fit."""
-    predicted, truth = read_csv(submission), read_csv(labels)
-    if predicted.columns[0] != "row_id" or not {"row_id", "labels"} <= set(truth.columns):
-        raise UserError(f"{submission} needs the column row_id, {labels} the columns row_id and labels")
-    doubled = predicted.row_id[predicted.row_id.duplicated()]
-    if len(doubled):
-        raise UserError(f"{submission}: {len(doubled)} row_ids stand there twice, {doubled.iloc[0]} for one")
-    absent = truth.row_id[~truth.row_id.isin(predicted.row_id)]
-    if len(absent):
-        raise UserError(f"{submission} lacks {len(absent)} of the labelled rows, {absent.iloc[0]} for one")
-    classes = predicted.columns[1:].tolist()
-    present = truth.labels.str.replace(";", " ").str.split()
-    unknown = sorted({label for row in present for label in row} - set(classes))
+    predicted, present = read_rows(submission), read_labels(labels)
+    if not present:
+        raise UserError(f"{labels} holds no labelled row")
+    absent = [row for row in present if row not in predicted.index]
+    if absent:
+        raise UserError(f"{submission} lacks {len(absent)} of the labelled rows, {absent[0]} for one")
+    unknown = sorted({label for row in present.values() for label in row} - set(predicted.columns))
     if unknown:
         say(f"labels of no species of the submission are passed over: {', '.join(unknown[:10])}")
-    target = np.array([[label in row for label in classes] for row in present], float)
-    try:
-        probability = predicted.set_index("row_id").loc[truth.row_id, classes].astype(float).to_numpy()
-    except ValueError as error:
-        raise UserError(f"{submission}: {error}") from error
-    if not np.isfinite(probability).all():
-        raise UserError(f"{submission} holds a value that is not finite; check it with python -m src.infer --check {submission}")
-    return metrics.score(target, probability, resamples=resamples)
+    target = np.array([[label in row for label in predicted.columns] for row in present.values()], float)
+    return metrics.score(target, predicted.loc[list(present)].to_numpy(), resamples=resamples)
 
 
 @stage
@@ -177,6 +167,8 @@ def main(argv: list[str] | None = None) -> None:
     settings = parse(EvaluateSettings, argv, prog="python -m src.evaluate", description=__doc__)
     if (settings.submission is None) != (settings.labels is None):
         raise UserError("--submission and --labels go together")
+    if settings.resamples < 1:
+        raise UserError("--resamples must be 1 or more")
     if settings.submission is None:
         evaluate_run(settings)
         return

@@ -145,7 +145,7 @@ def draw_examples(path: Path, found: list[tuple[str, np.ndarray]], config: Audio
 
 def audit(data: Path, out: Path, *, n_folds: int, metadata: Path | None = None) -> tuple[str, Path]:
     """The folds' audit, its Markdown and its picture: the one in folds/ where this data set has one, else of folds made in `out`."""
-    table = Path("folds") / f"{data.resolve().name}.csv"
+    table = folds.fold_table(data)
     if metadata or not table.with_suffix(".audit.md").exists():
         table = out / "folds.csv"
         flags = ["--data", str(data), "--out", str(table), "--n-folds", str(n_folds), "--overwrite", *(["--metadata", str(metadata)] if metadata else [])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +47,8 @@ def assign_folds(table: pd.DataFrame, *, strategy: str, n_folds: int, seed: int)
     Copies of a recording stay together. Species with fewer recordings than folds are always in training, and with
     them their recordings' copies; so are species that would otherwise miss from some fold's training.
     """
-    if not 2 <= n_folds <= len(table):
-        raise UserError(f"--n-folds {n_folds}: between 2 and the number of recordings ({len(table)})")
+    if not 2 <= n_folds <= len(table) or seed < 0:
+        raise UserError(f"--n-folds {n_folds} must be between 2 and the number of recordings ({len(table)}), --seed {seed} not negative")
     counts = table.primary_label.map(table.primary_label.value_counts())
     rare = pd.Series((counts < n_folds).to_numpy()).groupby(table.copy_group.to_numpy()).transform("any").to_numpy()
     folds = np.full(len(table), -1)
@@ -58,6 +59,8 @@ def assign_folds(table: pd.DataFrame, *, strategy: str, n_folds: int, seed: int)
     whole = pd.Series(folds).groupby(table.primary_label.to_numpy()).transform("nunique").to_numpy() == 1
     in_group = pd.Series(whole).groupby(table.copy_group.to_numpy()).transform("any").to_numpy()
     folds[in_group] = -1
+    if (folds == -1).all():
+        raise UserError(f"--n-folds {n_folds}: no species has recordings for so many folds, so that nothing would be held out; name fewer folds")
     return folds
 
 
@@ -68,12 +71,15 @@ def _by_labels(table: pd.DataFrame, n_folds: int, seed: int) -> np.ndarray:
     classes = sorted(table.primary_label.unique())
     labels, _ = targets(table, classes, "hard")
     groups, representative, group_of = np.unique(table.copy_group, return_index=True, return_inverse=True)
+    if len(groups) < n_folds:
+        raise UserError(f"--n-folds {n_folds}: there are only {len(groups)} recordings that are no copies of each other; name fewer folds")
     of_group = np.zeros((len(groups), len(classes)), np.float32)
     np.maximum.at(of_group, group_of, labels)
     order = np.argsort(representative)  # in the order of the metadata, whatever the numbers of the groups
     fold_of_group = np.empty(len(groups), int)
     splitter = MultilabelStratifiedKFold(n_splits=n_folds, shuffle=True, random_state=seed)
-    for fold, (_, held_out) in enumerate(splitter.split(order, of_group[order].astype(int))):
+    columns = of_group[order].astype(int) if len(classes) > 1 else np.tile(of_group[order].astype(int), 2)  # it refuses a single one
+    for fold, (_, held_out) in enumerate(splitter.split(order, columns)):
         fold_of_group[order[held_out]] = fold
     return fold_of_group[group_of]
 
@@ -106,16 +112,13 @@ def durations(paths: pd.Series) -> pd.Series:
 
 
 def with_durations(metadata: Metadata) -> Metadata:
-    """Fills in duration_s from the recordings' headers where the table lacks it and the audio is there: finds copies.
-
-    A length that one in fifty recordings shares is one they were cut to, and says nothing: it stays unknown.
-    """
+    """Fills in duration_s from the recordings' headers where the table lacks it and the audio is there: finds copies."""
     table = metadata.table.copy()
     todo = table.path[table.duration_s.isna()]
-    if not len(todo) or not Path(todo.iloc[0]).exists():
+    todo = todo[todo.map(os.path.exists).astype(bool)]
+    if not len(todo):
         return metadata
-    seconds = durations(todo)
-    table.loc[todo.index, "duration_s"] = seconds.where(seconds.map(seconds.value_counts()) < max(3, len(table) / 50))
+    table.loc[todo.index, "duration_s"] = durations(todo)
     return Metadata(table.assign(copy_group=copy_groups(table)), metadata.classes)
 
 
@@ -137,6 +140,8 @@ def main(argv: list[str] | None = None) -> None:
 
     settings = parse(FoldSettings, argv, prog="python -m src.folds", description=__doc__)
     out = settings.out or fold_table(settings.data[0])
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; name the table to write, {out / 'folds.csv'} for one")
     metadata = read_metadata(settings.data[:1], settings.metadata)
     say(f"{len(metadata.table)} recordings, {len(metadata.classes)} classes, {settings.n_folds} folds by {settings.strategy}")
     metadata = with_durations(metadata)
@@ -151,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
             say(f"the audit lacks the strategy {strategy}: {error}")
     text = pd.DataFrame({"filename": table.filename, "fold": by_strategy[settings.strategy]}).to_csv(
         index=False, lineterminator="\n")
-    if out.exists() and out.read_text(encoding="utf-8") != text and not settings.overwrite:
+    if out.exists() and out.read_bytes() != text.encode() and not settings.overwrite:
         raise UserError(f"{out} holds another split, which trained runs may rely on; "
                         "name another --out, or replace it with --overwrite")
     write_text(out, text)

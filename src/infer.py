@@ -19,7 +19,7 @@ from .console import UserError, say, stage, usable_cores
 from .deadline import Guard
 from .onnx_models import OnnxModel, find_models
 from .scoring import TIME_WAS_UP, Ensemble, score
-from .soundscapes import Soundscape, find_soundscapes
+from .soundscapes import Soundscape, beside, find_soundscapes
 from .storage import owned_file, safe_cell, sha256, write_table
 
 MARGIN_SECONDS, MARGIN_SHARE = 5.0, 0.02  # of the time limit kept free, beside twice what the last write and its validation take
@@ -29,8 +29,8 @@ def choose_columns(models: list[OnnxModel], sample: Path | None, soundscapes: Pa
     """The sample submission's species in its order, else the models'. Raises UserError where they differ."""
     classes = models[0].classes
     if sample is None:
-        sample = soundscapes.resolve().parent / "sample_submission.csv"
-        if not sample.exists():
+        sample = next(iter(beside(soundscapes, "sample_submission.csv")), None)
+        if sample is None:
             return classes
     columns = submission.columns_of_sample(sample)
     missing, extra = sorted(set(columns) - set(classes)), sorted(set(classes) - set(columns))

@@ -38,11 +38,14 @@ class Metadata:
 def read_csv(path: Path | str) -> pd.DataFrame:
     """A CSV as strings: the labels NA, null, 1e5 and 007 stay what they are."""
     try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
         raise UserError(f"{path} is not a readable CSV file: {error}") from error
+    if len(table) and not isinstance(table.index, pd.RangeIndex):  # pandas took the first column for the rows' names
+        raise UserError(f"{path}: its rows have more cells than its header has columns; is there a comma at their end, or one that needs quotes?")
+    return table
 
 
 def read_metadata(data: Sequence[Path | str], metadata: Path | str | None = None) -> Metadata:
@@ -61,6 +64,9 @@ def read_metadata(data: Sequence[Path | str], metadata: Path | str | None = None
         tables.append(table.assign(is_extra=number > 0))
         if number == 0:
             classes = _classes(table, file)
+            unused = folder / "sample_submission.csv"
+            if unused.exists() and not file.with_name(unused.name).exists():
+                say(f"{unused} is not used, since it does not lie beside {file}, whose labels are the classes")
     main, table = tables[0], pd.concat(tables, ignore_index=True)
     if len(tables) > 1:
         groups = copy_groups(table)
@@ -85,6 +91,7 @@ def _check(raw: pd.DataFrame, *, file: Path, audio: Path, unlabelled_allowed: bo
             more = f" (and {int(bad.sum()) - 1} more)" if bad.sum() > 1 else ""
             raise UserError(f"{file}, row {row + 2}: {what.format(**raw.iloc[row])}{more}; {remedy}")
 
+    raw = raw.assign(primary_label=raw.primary_label.str.strip())
     labelled = raw.primary_label != ""
     refuse(~labelled & (not unlabelled_allowed), "no primary_label", "name the species or delete the row")
     refuse(raw.filename.duplicated(), "filename {filename} stands there twice", "delete one of the rows")
@@ -145,7 +152,7 @@ def parse_list(text: str) -> tuple[str, ...] | None:
         values = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return None
-    return tuple(map(str, values)) if isinstance(values, (list, tuple)) else None
+    return tuple(str(value).strip() for value in values) if isinstance(values, (list, tuple)) else None
 
 
 def _classes(table: pd.DataFrame, file: Path) -> tuple[str, ...]:
@@ -165,9 +172,13 @@ def _classes(table: pd.DataFrame, file: Path) -> tuple[str, ...]:
 
 
 def copy_groups(table: pd.DataFrame) -> np.ndarray:
-    """(n,) group numbers: recordings with the same id, or the same known author, species and duration, are copies."""
+    """(n,) group numbers: recordings with the same id, or the same known author, species and duration, are copies.
+
+    A duration that one in fifty recordings shares is one they were cut to, and says nothing.
+    """
     same = table.groupby(["author", "primary_label", "duration_s"], dropna=False, sort=False).ngroup().to_numpy()
-    unknown = (table.author == "") | table.duration_s.isna()
+    cut = table.duration_s.map(table.duration_s.value_counts()) >= max(3, len(table) / 50)
+    unknown = (table.author == "") | table.duration_s.isna() | cut
     return joined(table.recording_id, np.where(unknown, -1 - np.arange(len(table)), same))
 
 

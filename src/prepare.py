@@ -9,6 +9,22 @@ from pathlib import Path
 from .console import UserError, say, stage
 from .sources import SOURCES
 from .sources.layout import write
+from .storage import write_text
+
+MARK = "prepared_from.txt"  # in a prepared folder: the data set's name
+
+
+def claim(out: Path, name: str) -> None:
+    """Marks the folder as this data set's. Raises UserError where it holds recordings that were not prepared from it."""
+    try:
+        if (out / MARK).read_text(encoding="utf-8").strip() == name:
+            return
+    except (OSError, UnicodeDecodeError):
+        pass
+    taken = [each for each in ("train_metadata.csv", "train_audio") if (out / each).exists()]
+    if taken:
+        raise UserError(f"{out / taken[0]} is there already, and not from {name}; name another --out, or move what lies there away")
+    write_text(out / MARK, name + "\n")
 
 
 @stage
@@ -23,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{options.source} is no folder; unpack the data set first")
     if out.resolve() == options.source.resolve():
         raise UserError(f"{out} is the source itself; name another --out")
+    claim(out, options.name)
     data = SOURCES[options.name](options.source, out)
     missing = write(data, out)
     if missing:

@@ -49,7 +49,7 @@ class OutOfFold:
 def write_report(oof: OutOfFold, columns: dict[str, dict[str, Any]], per_class: pd.DataFrame) -> list[str]:
     """Writes report.md and its pictures into the run's folder; the pictures' names. columns: heading -> metric -> what stands there."""
     settings = next(iter(oof.configs.values()))["settings"]
-    lines = [f"# {text(oof.run.name)}: out of fold", "",
+    lines = [f"# {text(oof.run.resolve().name)}: out of fold", "",
              f"{text(settings['model'])}, {count(len(oof.configs), 'fold')}, {count(len(oof.names), 'held-out recording')}, "
              f"{count(len(oof.metadata.classes), 'class', 'classes')}. A recording's probability is the mean over its windows, "
              f"and the truth is {truth_is(settings)}.", "", *scores(columns), *what_was_trained(oof, settings), *training(oof),

@@ -61,6 +61,12 @@ def find_soundscapes(folder: Path, expected_seconds: float, *, recursive: bool =
     return soundscapes
 
 
+def beside(folder: Path, pattern: str) -> list[Path]:
+    """The files of that name beside the folder; where it is a link, also those beside what it leads to."""
+    parents = dict.fromkeys([Path(os.path.abspath(folder)).parent, folder.resolve().parent])
+    return [path for parent in parents for path in sorted(parent.glob(pattern))]
+
+
 def _below(folder: Path) -> list[Path]:
     """The files in a folder, its sub-folders and those that are linked there, each once; a link to a folder that lies below anyway adds nothing."""
     root, seen, found = folder.resolve(), set(), []

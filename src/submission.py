@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .console import UserError
+from .metadata import read_csv
 from .storage import atomic
 
 ROW_SECONDS, SHORTEST_REST = 5.0, 0.5
@@ -22,9 +23,9 @@ LARGEST = 1 - 2.0**-24  # the largest float32 under 1: the padded cmAP punishes 
 
 
 def n_rows(seconds: float, *, to_the_end: bool = False) -> int:
-    """Rows of a soundscape: max(1, round(seconds / 5)), so that a last stretch under 2.5 s has none of its own; `to_the_end`: from half a second on
+    """Rows of a soundscape: seconds / 5, rounded and at least 1, so that a last stretch under 2.5 s has none of its own; `to_the_end`: from half a second on
     it has one."""
-    return max(1, math.ceil((seconds - SHORTEST_REST) / ROW_SECONDS) if to_the_end else round(seconds / ROW_SECONDS))
+    return max(1, math.ceil((seconds - SHORTEST_REST) / ROW_SECONDS) if to_the_end else math.floor(seconds / ROW_SECONDS + 0.5))
 
 
 def row_ids(name: str, n: int) -> list[str]:
@@ -80,11 +81,38 @@ def _parts(path: Path) -> Iterator[pd.DataFrame]:
 
 
 def columns_of_sample(sample: Path) -> tuple[str, ...]:
-    """The species columns of a sample submission, in its order. Raises UserError where it is none."""
+    """The species columns of a submission or a sample, in its order. Raises UserError where it is none."""
     header = _header(sample)
     if header[:1] != ["row_id"] or len(header) < 2 or len(set(header)) < len(header):
-        raise UserError(f"{sample} is no sample submission: its header must be row_id and the species, each once")
+        raise UserError(f"{sample} is no submission: its header must be row_id and the species, each once")
     return tuple(header[1:])
+
+
+def read_rows(path: Path) -> pd.DataFrame:
+    """A submission's probabilities, (rows, species), by row_id. Raises UserError where a row stands there twice or a value is no finite number."""
+    columns_of_sample(path)
+    table = read_csv(path).set_index("row_id")
+    doubled = table.index[table.index.duplicated()]
+    if len(doubled):
+        raise UserError(f"{path}: {len(doubled)} row_ids stand there twice, {doubled[0]} for one")
+    try:
+        table = table.astype(float)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; check it with python -m src.infer --check {path}") from error
+    if not np.isfinite(table.to_numpy()).all():
+        raise UserError(f"{path} holds a value that is not finite; check it with python -m src.infer --check {path}")
+    return table
+
+
+def read_labels(path: Path) -> dict[str, list[str]]:
+    """row_id -> labels, of a CSV with the columns row_id and labels (between them blanks or semicolons). A row may stand on several lines."""
+    table = read_csv(path)
+    if not {"row_id", "labels"} <= set(table.columns):
+        raise UserError(f"{path} needs the columns row_id and labels")
+    found: dict[str, list[str]] = {}
+    for row, labels in zip(table.row_id, table.labels.str.replace(";", " ").str.split()):
+        found.setdefault(row, []).extend(labels)
+    return found
 
 
 def _text(ids: Sequence[str], probability: np.ndarray, path: Path) -> str:

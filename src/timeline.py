@@ -11,17 +11,7 @@ import numpy as np
 from . import audio, competitions, plots, submission
 from .config import AudioConfig
 from .console import UserError, progress, say, stage
-from .metadata import read_csv
 from .soundscapes import Overview, find_soundscapes
-
-
-def truth_matrix(labels: Path, ids: list[str], classes: list[str]) -> np.ndarray:
-    """(rows, C) 0/1 from a CSV of row_id and labels; rows that it does not name hold nothing."""
-    table = read_csv(labels)
-    if not {"row_id", "labels"} <= set(table.columns):
-        raise UserError(f"{labels} needs the columns row_id and labels")
-    known = dict(zip(table.row_id, table.labels.str.replace(";", " ").str.split()))
-    return np.array([[label in known.get(row, []) for label in classes] for row in ids], float)
 
 
 @stage
@@ -36,11 +26,10 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument("--out", type=Path, required=True, help="folder of the pictures")
     options.add_argument("--first", type=int, metavar="N", help="draw only the first N soundscapes")
     options = options.parse_args(argv)
-    table, config = read_csv(options.submission), AudioConfig()
-    if "row_id" not in table:
-        raise UserError(f"{options.submission} is no submission: it has no column row_id")
-    table = table.set_index("row_id")
-    classes = table.columns.tolist()
+    if options.first is not None and options.first < 1:
+        raise UserError(f"--first {options.first} must be 1 or more")
+    table, config = submission.read_rows(options.submission), AudioConfig()
+    present, classes = submission.read_labels(options.labels) if options.labels else None, table.columns.tolist()
     seconds = competitions.competition(options.competition).soundscape_seconds
     soundscapes = find_soundscapes(options.soundscapes, seconds, recursive=options.recursive)[: options.first]
     for soundscape in progress(soundscapes, what="drawing", unit="file"):
@@ -48,10 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         absent = [row for row in ids if row not in table.index]
         if absent:
             raise UserError(f"{options.submission} lacks the row {absent[0]} of {soundscape.path}")
-        try:
-            probability = table.loc[ids].astype(float).to_numpy()
-        except ValueError as error:
-            raise UserError(f"{options.submission} holds no probability in a row of {soundscape.path}: {error}") from error
+        truth = np.array([[label in present.get(row, []) for label in classes] for row in ids], float) if present is not None else None
         stream, overview = audio.LogMelStream(config), Overview(config, seconds)
         try:
             for block in audio.read_blocks(soundscape.path, config.sample_rate):
@@ -59,9 +45,8 @@ def main(argv: list[str] | None = None) -> None:
             overview.push(stream.finish())
         except audio.DamagedAudio as error:
             say(f"{soundscape.path.name}: {error}")
-        plots.timeline(options.out / f"{soundscape.name}.png", overview.image(seconds), probability, classes, config,
-                       row_seconds=submission.ROW_SECONDS, heading=soundscape.path.name,
-                       truth=truth_matrix(options.labels, ids, classes) if options.labels else None)
+        plots.timeline(options.out / f"{soundscape.name}.png", overview.image(seconds), table.loc[ids].to_numpy(), classes, config,
+                       row_seconds=submission.ROW_SECONDS, heading=soundscape.path.name, truth=truth)
     say(f"wrote {len(soundscapes)} picture(s) to {options.out}")
 
 

@@ -109,6 +109,8 @@ def test_thresholds_species_and_names(tmp_path, field, capsys):
     assert choose("primary_label,threshold\ndemdov1,0.8\nother,0.3\n") == [0.5, 0.8, 0.5] and "passed over: other" in capsys.readouterr().out
     assert choose(None, "demo cuckoo\n\nCuculus demo_Demo Cuckoo\ndemowl1\nRara avis\n") == [0.5, np.inf, 0.5]
     assert "1 line(s)" in capsys.readouterr().out
+    names["demowl1"] = ("Cuculus demo", "Another")
+    assert choose(None, "cuculus demo\n") == [0.5, np.inf, 0.5]  # of a name that two labels share, both
     for bad, message in (("primary_label,threshold\ndemdov1,x\n", "row 2: threshold 'x'"), ("label,t\na,1\n", "needs the columns")):
         with pytest.raises(detections.UserError, match=message):
             choose(bad)

@@ -246,6 +246,17 @@ def test_written_probabilities_stay_under_one(tmp_path):
     assert submission.check(tmp_path / "s.csv", classes=["a", "b"], ids=["x_5", "x_10"]) == []
 
 
+def test_what_lies_beside_a_linked_folder_is_found(tmp_path, soundscapes):
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input/test_soundscapes").symlink_to(soundscapes)
+    sample = tmp_path / "input/sample_submission.csv"
+    sample.write_text("row_id,b,a\n")
+    model = onnx_models.OnnxModel(sample, None, AudioConfig(), ("a", "b"), np.zeros(2))
+    assert infer.choose_columns([model], None, tmp_path / "input/test_soundscapes") == ("b", "a")
+    sample.unlink()
+    assert infer.choose_columns([model], None, tmp_path / "input/test_soundscapes") == ("a", "b")
+
+
 def test_timelines_are_drawn(tmp_path, run, soundscapes, monkeypatch, capsys):
     truths, draw = {}, plots.timeline
     monkeypatch.setattr(plots, "timeline", lambda path, *rest, **more: truths.update({path.stem: more["truth"]}) or draw(path, *rest, **more))
@@ -255,6 +266,8 @@ def test_timelines_are_drawn(tmp_path, run, soundscapes, monkeypatch, capsys):
     assert timeline.main(flags) == 0
     assert {p.name for p in (tmp_path / "p").iterdir()} == {"a_1.png", "b.png", "c.png"}
     assert {name: np.argwhere(truth).tolist() for name, truth in truths.items()} == {"a_1": [], "b": [], "c": [[1, 1]]}
-    for text, fault in (("file,label\na,b\n", "no column row_id"), ((tmp_path / "s.csv").read_text().replace("0.", "x.", 1), "no probability in a row of")):
+    whole = (tmp_path / "s.csv").read_text()
+    for text, fault in (("file,label\na,b\n", "is no submission"), (whole.replace("0.", "x.", 1), "could not convert"),
+                        (whole + whole.splitlines()[-1] + "\n", "1 row_ids stand there twice, c_30 for one"), (whole.replace("0.", "inf,0.", 1), "more cells")):
         (tmp_path / "t.csv").write_text(text)
         assert timeline.main(["--submission", str(tmp_path / "t.csv"), *flags[2:]]) == 1 and fault in capsys.readouterr().err

@@ -30,6 +30,7 @@ def write(root: Path, rows: list[dict], **files: str) -> Path:
     ({"filename": "a/0.ogg"}, "stands there twice"),
     ({"primary_label": ""}, "row 3: no primary_label"),
     ({"secondary_labels": "['b'"}, "row 3: secondary_labels .* is not a list"),
+    ({"primary_label": " "}, "row 3: no primary_label"),
 ])
 def test_bad_rows_are_refused_with_row_and_remedy(tmp_path, row, message):
     with pytest.raises(UserError, match=message):
@@ -71,6 +72,25 @@ def test_classes_follow_the_sample_submission(tmp_path):
     assert read_metadata([tmp_path]).classes == ("b", "c", "a")
     (tmp_path / "sample_submission.csv").write_text("row_id,b\n")
     with pytest.raises(UserError, match="no column of"):
+        read_metadata([tmp_path])
+
+
+def test_blanks_around_labels_make_no_species(tmp_path):
+    read = read_metadata([write(tmp_path, [{"primary_label": "a "}, {"secondary_labels": "[' a']"}])])
+    assert read.classes == ("a",) and read.table.secondary_labels[1] == ("a",)
+
+
+def test_a_table_elsewhere_has_its_own_classes_and_says_so(tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    write(tmp_path / "other", [{"primary_label": "b"}])
+    folder = write(tmp_path, [{}], sample_submission="row_id,a\n")
+    assert read_metadata([folder], tmp_path / "other/train_metadata.csv").classes == ("b",) and "is not used" in capsys.readouterr().out
+    assert read_metadata([folder]).classes == ("a",) and not capsys.readouterr().out
+
+
+def test_rows_longer_than_the_header_are_refused(tmp_path):
+    (tmp_path / "train_metadata.csv").write_text("filename,author,primary_label,secondary_labels\na.ogg,x,b,[],\n")
+    with pytest.raises(UserError, match="more cells than its header"):
         read_metadata([tmp_path])
 
 
@@ -155,6 +175,43 @@ def test_folds_and_cache_are_named_after_the_data(tmp_path, monkeypatch):
     assert settings.folds == Path("folds/birds.csv") and settings.folds.exists() and settings.cache == Path("input/cache/birds")
     (data / "folds.csv").write_text("filename,fold\n")
     assert located(TrainSettings(data=(data,))).folds == data / "folds.csv"
+
+
+def make_made(root: Path, rows: list[dict]) -> Path:
+    root.mkdir()
+    return write(root, rows)
+
+
+def test_copies_are_found_where_some_recordings_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(folds, "durations", lambda paths: pd.Series(3.5, paths.index))
+    data = make_made(tmp_path / "d", [{}] * 3)
+    (data / "train_audio/a").mkdir(parents=True)
+    for number in (1, 2):
+        (data / f"train_audio/a/{number}.ogg").touch()
+    table = folds.with_durations(read_metadata([data])).table
+    assert table.copy_group[1] == table.copy_group[2] != table.copy_group[0] and np.isnan(table.duration_s[0])
+
+
+def test_clips_cut_to_one_length_are_no_copies_wherever_the_length_stands(tmp_path):
+    table = read_metadata([make_made(tmp_path / "d", [{"duration_s": "5.0"}] * 60)]).table
+    assert table.copy_group.nunique() == 60
+
+
+@pytest.mark.parametrize("strategy", ["multilabel", "author"])
+def test_one_species_alone_is_split_evenly(tmp_path, strategy):
+    rows = [{"author": f"author {number}"} for number in range(10)] + [{"primary_label": "b"}] * 3
+    table = read_metadata([make_made(tmp_path / "d", rows)]).table
+    of = assign_folds(table, strategy=strategy, n_folds=5, seed=0)
+    assert np.bincount(of[:10]).tolist() == [2] * 5 and (of[10:] == -1).all()
+
+
+def test_folds_that_would_hold_out_nothing_are_refused(tmp_path, capsys):
+    flags = ["--data", str(make_made(tmp_path / "d", [{"primary_label": "abc"[k % 3]} for k in range(60)])), "--out"]
+    assert folds.main([*flags, str(tmp_path / "f.csv"), "--n-folds", "60"]) == 1 and "nothing would be held out" in capsys.readouterr().err
+    assert folds.main([*flags, str(tmp_path / "f.csv"), "--seed", "-1"]) == 1 and "--seed -1" in capsys.readouterr().err
+    assert folds.main([*flags, str(tmp_path)]) == 1 and "is a folder" in capsys.readouterr().err
+    (tmp_path / "f.csv").write_bytes(b"\xff")
+    assert folds.main([*flags, str(tmp_path / "f.csv")]) == 1 and "another split" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"the real BirdCLEF2023 metadata are not at {REAL}")

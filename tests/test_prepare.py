@@ -111,6 +111,18 @@ def test_wrong_folders_are_refused(tmp_path, capsys):
         assert prepare.main([name, str(tmp_path / source), "--out", str(tmp_path / out)]) == 1 and message in capsys.readouterr().err
 
 
+def test_other_recordings_are_never_replaced(tmp_path, capsys):
+    make_year(tmp_path / "source", "birdclef-2024")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/train_metadata.csv").write_text("mine")
+    flags = ["birdclef-2024", str(tmp_path / "source"), "--out"]
+    assert prepare.main([*flags, str(tmp_path / "mine")]) == 1 and "name another --out" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["train_metadata.csv"]
+    assert prepare.main([*flags, str(tmp_path / "out")]) == 0 == prepare.main([*flags, str(tmp_path / "out")])
+    (tmp_path / "file").touch()
+    assert prepare.main([*flags, str(tmp_path / "file")]) == 1 and "cannot write" in capsys.readouterr().err
+
+
 def test_esc10_keeps_its_folds_and_trains(tmp_path, capsys):
     source = tmp_path / "ESC-50-master"  # the repository's own table
     rows = ["filename,fold,target,category,esc10,src_file,take"]

@@ -195,7 +195,7 @@ def test_both_forms_of_the_ucr_archive_give_the_same_files(tmp_path):
         make_ucr(tmp_path / form, form)
         assert prepare.main(["ucr", str(tmp_path / form), "--out", str(tmp_path / f"out_{form}")]) == 0
     one, other = ({str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*.*")} for out in (tmp_path / "out_tsv", tmp_path / "out_ts"))
-    assert one == other and len(one) == 13
+    assert one == other and len(one) == 14
 
 
 @pytest.mark.parametrize(("form", "old", "new", "message"), [

@@ -163,6 +163,11 @@ def test_a_submission_is_scored_against_its_labels(tmp_path):
     (tmp_path / "l.csv").write_text("row_id,labels\nx_15,b\nx_5,NA;b\nx_10,\n")
     scores = score_submission(tmp_path / "s.csv", tmp_path / "l.csv", resamples=10)
     assert scores["top1"].value == 1 and scores["macro_ap"].value == pytest.approx((1 + (1 + 2 / 3) / 2) / 2)
+    (tmp_path / "l.csv").write_text("row_id,labels\nx_15,b\nx_5,NA\nx_5,b\nx_10,\n")  # one species a line
+    assert score_submission(tmp_path / "s.csv", tmp_path / "l.csv", resamples=10) == scores
+    (tmp_path / "l.csv").write_text("row_id,labels\n")
+    with pytest.raises(UserError, match="no labelled row"):
+        score_submission(tmp_path / "s.csv", tmp_path / "l.csv")
     (tmp_path / "l.csv").write_text("row_id,labels\nx_20,b\n")
     with pytest.raises(UserError, match="lacks 1 of the labelled rows"):
         score_submission(tmp_path / "s.csv", tmp_path / "l.csv")

@@ -30,7 +30,7 @@ def test_windows_cover_every_row_and_rows_are_means_by_overlap_or_maxima(n, wind
         assert rows[:, 0].tolist() == list(range(n))
 
 
-@pytest.mark.parametrize(("seconds", "rows"), [(0.01, 1), (4, 1), (7.6, 2), (599.9, 120), (600.02, 120), (602.6, 121)])
+@pytest.mark.parametrize(("seconds", "rows"), [(0.01, 1), (4, 1), (7.6, 2), (7.5, 2), (12.5, 3), (599.9, 120), (600.02, 120), (602.6, 121)])
 def test_row_rule(seconds, rows):
     assert submission.n_rows(seconds) == rows
 

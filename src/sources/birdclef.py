@@ -43,10 +43,10 @@ def soundscape_labels(file: Path) -> pd.DataFrame:
     """Labelled stretches (filename, end, labels with ";") -> row_id and labels, as `src.evaluate --labels` reads them."""
     table = read_table(file, ("filename", "end", "primary_label"), "BirdCLEF 2026's has filename, start, end and primary_label")
     try:
-        ends = table.end.map(_seconds)
-    except ValueError as error:
+        ends = table.end.map(_seconds).map(round)
+    except (ValueError, OverflowError) as error:  # the latter: infinity
         raise UserError(f"{file}: {error}; the column end holds seconds or hours:minutes:seconds") from error
-    rows = [f"{PurePosixPath(name).stem}_{round(end)}" for name, end in zip(table.filename, ends)]
+    rows = [f"{PurePosixPath(name).stem}_{end}" for name, end in zip(table.filename, ends)]
     labels = table.primary_label.str.replace(";", " ").str.split()
     united = labels.groupby(np.array(rows), sort=False).agg(lambda lists: " ".join(dict.fromkeys(label for row in lists for label in row)))
     return pd.DataFrame({"row_id": united.index, "labels": united.to_numpy()})

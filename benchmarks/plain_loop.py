@@ -4,7 +4,8 @@
 
 The plain loop: a torch Dataset that decodes a random 5 s with librosa, log-mel in decibels, normalised and resized; a shuffled DataLoader,
 AdamW with a cosine, binary cross-entropy, timm's mixup where asked; on a GPU bf16 autocast and pinned batches.
-Both make one crop of each training recording an epoch and score a held-out one by the mean over its consecutive windows.
+Both make as many crops an epoch: the loop one of each training recording, the trainer of recordings drawn with replacement, rarer species more
+often. Both score a held-out one by the mean over its consecutive windows.
 Speeds are medians over the epochs after the first, validation left out. Writes plain_loop.md; finished folds are not trained again.
 """
 

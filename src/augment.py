@@ -210,6 +210,8 @@ def draw_mixup(n: int, settings: AugmentSettings, rng: np.random.Generator) -> t
 def mix(log_mel: Tensor, target: Tensor, weight: Tensor, settings: AugmentSettings, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Mixup within the batch. Powers are added, as in the air (a mean of decibels would fade both songs); the targets
     are united or mixed in proportion; a class masked in either crop stays masked."""
+    if not settings.mixup_probability:
+        return log_mel, target, weight
     partner, share = (torch.from_numpy(draw).to(log_mel.device, non_blocking=True) for draw in draw_mixup(len(log_mel), settings, rng))
     rows, image = share[:, None], share[:, None, None, None]
     bels = log_mel / 10

@@ -19,7 +19,8 @@ def replayed(network: nn.Module, log_mel: Tensor) -> bool:
     try:
         torch.cuda.make_graphed_callables(network, (log_mel,))
     except RuntimeError as error:
-        say(f"its steps cannot be recorded as CUDA graphs ({str(error).splitlines()[0]}); they are launched one by one")
+        torch.cuda.set_stream(torch.cuda.default_stream())  # a capture that fails at its end leaves its own stream current
+        say(f"its steps cannot be recorded as CUDA graphs ({str(error).splitlines()[0]}); they are launched one by one (--no-cuda-graphs does not try)")
         return False
     finally:
         network.zero_grad(set_to_none=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from .audio import DamagedAudio
 from .augment import AugmentSettings, SpecAugment, WaveformAugment, mel_shift, random_filter, roll
 from .cache import Cache
 from .config import AudioConfig
+from .console import UserError
 from .waveforms import Waveforms
 
 SCORED_SECONDS = 60.0  # of a held-out recording
@@ -41,6 +43,10 @@ class Crops(Dataset):
         # A gain alone is no reason to decode: the window's normalisation undoes it.
         on_waveforms = noise is not None or settings.band_filter_probability or settings.gaussian_probability or settings.pitch_probability
         if settings.waveform_probability > 0 and on_waveforms:
+            absent = [path for path in self.paths if not os.path.exists(path)]
+            if absent:
+                raise UserError(f"{absent[0]} is not there ({len(absent)} recording(s) in all), and a part of the crops is cut from the audio; "
+                                "bring it back, or train from the cache alone with --waveform-probability 0")
             self.waveform_augment = WaveformAugment(settings, noise, cache.config.sample_rate)
             n_frames = np.array([cache.n_frames(name) for name in self.names])
             self.waveforms = Waveforms(self.paths, n_frames, cache.config, most_bytes=settings.waveform_memory * 2**30)
@@ -95,7 +101,7 @@ class Crops(Dataset):
         try:
             stretch = self.waveforms.read(row, max(0, left), right)
         except DamagedAudio as error:
-            raise RuntimeError(f"{self.paths[row]} was readable when it was cached, and is not now: {error}") from error
+            raise UserError(f"{self.paths[row]} was readable when it was cached, and is not now: {error}; restore the file, or cache the data again") from error
         stretch = self.waveform_augment(stretch, rng)
         if len(stretch) < right - left:
             stretch = np.pad(stretch, (max(0, -left), right - max(0, left) - len(stretch)))

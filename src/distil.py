@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     tables, known, first = [], set(), None
     for run in settings.run:
         folds, metadata, config = out_of_fold(run, (), None)
-        known |= set(metadata.table.filename)
+        known |= set(metadata.table.recording_id)
         first = first or config
         table = pd.concat([table.assign(source=str(fold)) for fold, table in folds.items()]).set_index(["filename", "source"]).sort_index()
         if tables and (not table.index.equals(tables[0].index) or list(table) != list(tables[0])):
@@ -61,7 +61,7 @@ def unseen(settings: DistilSettings, config: dict, known: set[str]) -> pd.DataFr
     first = Path(config["settings"]["data"][0])
     everything = read_metadata((first, *settings.data), config["settings"]["metadata"]).table
     cache = Cache(settings.cache or Path(config["settings"]["cache"]))
-    new = everything[everything.is_extra & ~everything.filename.isin(known)]
+    new = everything[everything.is_extra & ~everything.recording_id.isin(known)]
     names = [name for name in new.filename if name in cache]
     if not names:
         raise UserError(f"{', '.join(map(str, settings.data))}: no recording there is new to the teachers and lies in the cache {cache.folder}; "

@@ -33,10 +33,12 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def interval_of_whole_seeds(values: pd.Series, n_folds: int) -> tuple[float, float, float]:
-    """The same of values by (seed, fold), without bounds while a seed lacks folds, and for two values: a few folds may agree by chance."""
-    values = values.dropna()
-    mean, *bounds = interval(values.to_numpy(float))
-    return mean, *(bounds if len(values) > 2 and values.groupby("seed").size().eq(n_folds).all() else (np.nan, np.nan))
+    """The same of values by (seed, fold), over the folds, each the mean of its seeds: seeds share a fold's recordings and are no further draws.
+    Without bounds while a seed lacks folds, and for fewer than three folds, which may agree by chance."""
+    values = values.dropna().astype(float)
+    _, *bounds = interval(values.groupby("fold").mean().to_numpy())
+    whole = n_folds > 2 and values.groupby("seed").size().eq(n_folds).all()
+    return float(values.mean()), *(bounds if whole else (np.nan, np.nan))
 
 
 def shown(estimate: Sequence[float], sign: str = "") -> str:
@@ -149,9 +151,9 @@ def write_report(table: Table, budget: Budget, names: Sequence[str], results: Re
     base = bases[0] if len(bases) == 1 else "the one that it is compared with"
     lines = [f"# {table.title} ({in_words(budget)})", "", f"`{command(table, budget, names, noisy)}`. {setting(parts, budget, speeds)}", "", table.note, "",
              "Top-1 and macro AP of the held-out recordings (a recording's probability is the mean over its windows): the mean over folds and seeds, and where "
-             "no seed lacks a fold and they are three or more, the 95 % interval of Student's t over them. Folds share training recordings and seeds "
-             "share folds, so these intervals are rather too narrow. Over recordings: top-1 again, its 95 % interval a bootstrap over the held-out "
-             "recordings of all folds, which leaves out what another training would change. "
+             "no seed lacks a fold and there are three folds or more, the 95 % interval of Student's t over the folds, each the mean of its seeds. Folds "
+             "share training recordings, so these intervals are rather too narrow. Over recordings: top-1 again, its 95 % interval a bootstrap over the "
+             "held-out recordings of all folds, which leaves out what another training would change. "
              f"Difference: the row minus {base}, paired by fold and seed. Padded cmAP, LRAP and ROC-AUC are in [{stem}.csv]({stem}.csv). "
              f"ASCA is `{budget.models[-1]}`."]
     if table.paper:
@@ -202,10 +204,12 @@ def setting(parts: Sequence[DataTable], budget: Budget, speeds: pd.DataFrame) ->
     found = pd.concat([table for part in parts for table in part.found.values()])
     folds = "; ".join(f"{part.data}: {len(part.folds)} folds" for part in parts)
     devices = sorted(f"{device} ({jobs} trainings side by side)" for device, jobs in set(zip(found.device, found.jobs)))
+    mixed = [f"{row.name} on {part.data}" for part in parts for row in part.rows if part.found[row.name].device.nunique() > 1]
     networks = {row.network() for part in parts for row in part.rows}
     cpus = sorted({f"{device}, {threads} threads" for network, _, threads, device in speeds.itertuples(index=False) if network in networks})
     return (f"From scratch but where a row says otherwise; {folds}; seed{'s' if len(budget.seeds) > 1 else ''} {', '.join(map(str, budget.seeds))}. "
             f"Trained on {', '.join(devices)} at commit {', '.join(sorted(set(found.commit)))}."
+            + (f" CPUs train in float32, GPUs in bfloat16, and partly on each: {', '.join(mixed)}." if mixed else "")
             + (f" CPU windows a second: exported with 264 classes, onnxruntime float32, {'; '.join(cpus)}." if cpus else ""))
 
 

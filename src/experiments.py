@@ -24,7 +24,9 @@ from .devices import device_name
 from .experiment_report import stem_of, write_report
 from .experiment_results import FLOATS, SPEED, Cell, Results, read_table
 from .experiment_training import Job, Workers
+from .fold_training import digest_of
 from .folds import read_folds
+from .metadata import read_metadata
 from .models import create_model
 from .network_cost import cpu_windows_per_second
 from .paper_tables import BUDGETS, PAPER, Budget, Row, Table
@@ -109,7 +111,7 @@ def open_data(settings: ExperimentSettings, folder: Path, noise: Path | None, n_
     if cache_stage.main(["--data", str(folder), "--out", str(settings.cache / name)]):
         raise UserError(f"{folder} could not be cached")
     cache = Cache(settings.cache / name)
-    belongs = [sorted(read_folds(folds).items()), cache.config.to_dict(), sorted(cache.damaged)]
+    belongs = [sorted(read_folds(folds).items()), cache.config.to_dict(), sorted(cache.damaged), digest_of(read_metadata([folder]).table)]
     if (folder / "train.yaml").exists():
         belongs.append((folder / "train.yaml").read_text(encoding="utf-8"))
     numbers = sorted({fold for fold in read_folds(folds).values() if fold >= 0})
@@ -142,7 +144,8 @@ class Plan:
                 self.todo[cell] = self.job(one, row, cell)
 
     def run(self, row: Row, cell: Cell) -> Path:
-        return self.settings.runs / cell.data / f"{re.sub(r'[^A-Za-z0-9]+', '_', row.settings().model)}-{cell.key}-seed{cell.seed}"
+        model, split = re.sub(r"[^A-Za-z0-9]+", "_", row.settings().model), self.data[cell.data].split
+        return self.settings.runs / cell.data / f"{model}-{cell.key}-{split}-seed{cell.seed}"
 
     def job(self, one: DataSet, row: Row, cell: Cell) -> Job:
         run = self.run(row, cell)

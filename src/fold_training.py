@@ -31,7 +31,7 @@ from .metadata import Metadata, targets
 from .models import create_model
 from .optimiser import learning_rate_at, moving_average, optimiser_for
 from .predict import predict
-from .run_config import versions
+from .run_config import read_config, versions
 from .settings import flatten
 from .soft_labels import blend, read_soft_labels
 from .storage import sha256, write_json, write_table, write_text
@@ -115,6 +115,13 @@ class FoldTraining:
         if facts["scaler"] and self.accelerator.scaler:  # one that began in fp16 may go on in another precision
             self.accelerator.scaler.load_state_dict(facts["scaler"])
 
+    def keep_origin(self) -> None:
+        """Keeps in config.yaml what trained the earlier epochs, where it is not what trains now: other versions, another number of processes."""
+        before, origin = read_config(self.folder), ("processes", "versions")
+        earlier = [*before.get("earlier", []), {name: before.get(name) for name in origin}]
+        if earlier := [one for one in earlier if one != {name: self.config[name] for name in origin}]:
+            self.config["earlier"] = earlier
+
     def write_history(self, *, finished: bool = False) -> None:
         history = pd.DataFrame(self.history)
         write_table(self.folder / "history.csv", history, float_format="%.9g")
@@ -126,10 +133,12 @@ class FoldTraining:
 
     def run(self) -> None:
         """Trains the epochs that are missing, saving after each (or every `checkpoint_seconds`); then finishes."""
-        main = self.accelerator.is_main_process
+        main, begun = self.accelerator.is_main_process, (self.folder / "checkpoint.safetensors").exists()
         if main:
+            if begun and (self.folder / "config.yaml").exists():
+                self.keep_origin()
             write_text(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
-        if (self.folder / "checkpoint.safetensors").exists():
+        if begun:
             self.resume()
             say(f"fold {self.fold}: continuing after epoch {len(self.history)}")
         self.accelerator.wait_for_everyone()  # nobody saves before all have read

@@ -57,7 +57,8 @@ def initialise(model: nn.Module, settings: TrainSettings, *, fold: int, classes:
         head = set() if config["classes"] == list(classes) else head
     tensors = load_tensors(file)[0] if folder else read_checkpoint(file)
     if config and config["settings"].get("head") != settings.network.asca.head:
-        head |= {name for name in model.state_dict() if name.startswith("network.head.") and name not in tensors}
+        head |= {name for name, tensor in model.state_dict().items()
+                 if name.startswith("network.head.") and (name not in tensors or tensors[name].shape != tensor.shape)}
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in head and not name.endswith("num_batches_tracked")}
     prefix, fitting = fit(tensors, wanted)
     if not fitting or (folder and len(fitting) < len(wanted)):

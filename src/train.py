@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -60,18 +61,19 @@ def located(settings: TrainSettings) -> TrainSettings:
 
 def require_sensible(settings: TrainSettings) -> None:
     """Raises UserError for a number that no training can have meant."""
-    values = vars(settings) | vars(settings.augment)
+    values = vars(settings) | vars(settings.augment) | vars(settings.network)
     for names, fits, words in ((("batch_size", "accumulate", "epochs", "validate_every", "crop_choices"), lambda value: value >= 1, "at least 1"),
                                (("train_share",), lambda value: 0 < value <= 1, "above 0 and at most 1"),
-                               (("label_smoothing", "ema_decay"), lambda value: 0 <= value < 1, "at least 0 and below 1"),
+                               (("label_smoothing", "ema_decay", "drop_path"), lambda value: 0 <= value < 1, "at least 0 and below 1"),
                                (("learning_rate", "warmup_epochs", "weight_decay", "clip_gradient", "weight_noise", "seed", "threads", "gain_db", "filter_db",
-                                 "stretch", "mel_shift_bins"), lambda value: value >= 0, "not below 0"),
+                                 "stretch", "mel_shift_bins", "frequency_masks", "frequency_mask_bins", "time_masks", "time_mask_frames"),
+                                lambda value: value >= 0, "not below 0"),
                                (("soft_weight", "secondary_weight"), lambda value: 0 <= value <= 1, "between 0 and 1")):
         for name in names:
             if not fits(values[name]):
                 raise UserError(f"--{name.replace('_', '-')} {values[name]}: it is {words}")
-    if settings.augment.min_snr_db > settings.augment.max_snr_db:
-        raise UserError(f"--min-snr-db {settings.augment.min_snr_db:g} is above --max-snr-db {settings.augment.max_snr_db:g}")
+    if not -math.inf < settings.augment.min_snr_db <= settings.augment.max_snr_db < math.inf:
+        raise UserError(f"--min-snr-db {settings.augment.min_snr_db:g}, --max-snr-db {settings.augment.max_snr_db:g}: the first must not be above the second")
 
 
 @resumable

@@ -43,8 +43,16 @@ def test_the_waveform_path_gives_the_cache_s_frames(tmp_path, rng, rate, memory)
             assert np.abs(waveform_path.astype(int) - expected).max() <= (1 if rate == 32_000 or memory else 4), (row, start)
     if memory:
         soundfile.write(crops.paths[5], waveform(4, rate), rate)
-        with pytest.raises(RuntimeError, match="readable when it was cached, and is not now: its length is another one"):
+        with pytest.raises(UserError, match="readable when it was cached, and is not now: its length is another one"):
             crops.waveform_crop(5, 0, 500, rng)
+
+
+def test_audio_that_is_gone_is_refused_before_the_first_epoch(tmp_path, data, cached):
+    table, (target, weight) = read_metadata([data]).table, np.zeros((2, 18, 3), np.float32)
+    table.loc[[3, 5], "path"] = str(tmp_path / "gone.ogg")
+    with pytest.raises(UserError, match=r"gone.ogg is not there \(2 recording"):
+        Crops(table, Cache(cached), target, weight, settings=AugmentSettings(), noise=data / "noise", seed=3)
+    Crops(table, Cache(cached), target, weight, settings=AugmentSettings(waveform_probability=0), noise=data / "noise", seed=3)
 
 
 def test_items_do_not_depend_on_the_workers_or_the_memory(data, cached):

@@ -81,10 +81,10 @@ def test_an_interrupted_table_goes_on(birds, done):
 def test_the_table_s_numbers_are_those_of_the_predictions(birds, done):
     results, metadata = birds.parent / "results", pd.read_csv(birds / "train_metadata.csv").set_index("filename").primary_label
     table = pd.read_csv(results / "table2_small.csv")
-    scores, right = {}, {}
+    scores, right, split = {}, {}, done[-1][2]["split"].iloc[0]
     for row, key in done[-1][2].groupby("row").key.first().items():
         for fold in (0, 1):
-            oof = pd.read_csv(birds.parent / f"runs/birds/asca_test-{key}-seed0/fold{fold}/oof.csv", index_col=0)
+            oof = pd.read_csv(birds.parent / f"runs/birds/asca_test-{key}-{split}-seed0/fold{fold}/oof.csv", index_col=0)
             truth = np.array([[label == name for name in oof] for label in metadata.loc[oof.index]])
             hits = truth[np.arange(len(oof)), oof.to_numpy().argmax(axis=1)]
             right.setdefault(row, []).extend(hits)
@@ -198,11 +198,14 @@ def test_intervals_are_student_s():
     mean, low, high = interval(values)
     assert (low, high) == pytest.approx(tuple(stats.ttest_1samp(values, 0).confidence_interval())) and mean == pytest.approx(0.3125)
     assert np.isnan(interval(values[:1])[1:]).all() and np.isnan(interval(values[:0])).all()
-    by_training = pd.Series([*values, np.nan, np.nan], pd.MultiIndex.from_product([(0, 1, 2), (0, 1)], names=("seed", "fold")))
-    assert interval_of_whole_seeds(by_training, 2) == pytest.approx((mean, low, high))  # the third seed has no training yet
-    by_training.iloc[4] = 0.3
-    assert interval_of_whole_seeds(by_training, 2)[0] == pytest.approx(0.31) and np.isnan(interval_of_whole_seeds(by_training, 2)[1:]).all()
+    cells = pd.MultiIndex.from_product([(0, 1, 2), range(4)], names=("seed", "fold"))
+    by_training = pd.Series([*values, *(values + 0.02)[::-1], *[np.nan] * 4], cells)
+    of_folds = tuple(stats.ttest_1samp((values + values[::-1] + 0.02) / 2, 0).confidence_interval())  # seeds share a fold's recordings
+    assert interval_of_whole_seeds(by_training, 4) == pytest.approx((mean + 0.01, *of_folds))  # the third seed has no training yet
+    by_training.iloc[8] = mean + 0.1
+    assert interval_of_whole_seeds(by_training, 4)[0] == pytest.approx(mean + 0.02) and np.isnan(interval_of_whole_seeds(by_training, 4)[1:]).all()
     assert np.isnan(interval_of_whole_seeds(by_training[:2], 2)[1:]).all()
+    assert np.isnan(interval_of_whole_seeds(by_training[:0], 4)).all()
 
 
 def test_the_recipe_s_default_is_what_src_train_does():

@@ -135,6 +135,7 @@ def test_another_run_gives_all_but_the_head_and_never_a_recording_it_was_trained
     other = TrainSettings(model="asca_test", init=run / "fold0", network=replace(usual, input_side=64, asca=replace(usual.asca, head="attention")))
     pooled = create_model("asca_test", 7, AUDIO, other.network)  # a head of another kind begins fresh
     initialise(pooled, other, fold=0, classes=[f"class {k}" for k in range(7)], audio=AUDIO, held_out=held_out)
+    initialise(create_model("asca_test", 3, AUDIO, other.network), other, fold=0, classes=read_config(run / "fold0")["classes"], audio=AUDIO, held_out=held_out)
     assert torch.equal(pooled.state_dict()["network.norm.weight"], weights["network.norm.weight"])
     heard = read_metadata([data]).table.filename.tolist()
     for place in (run / "fold0", run / "fold0/weights.safetensors"):

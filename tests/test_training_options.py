@@ -27,6 +27,7 @@ from src.metadata import read_metadata
 from src.models import ModelSettings, create_model
 from src.models.asca import AscaSettings
 from src.models.torchvision_guard import import_timm
+from src.run_config import read_config
 from src.soft_labels import blend, read_soft_labels
 
 from .conftest import make_data
@@ -125,10 +126,10 @@ def test_soft_labels_enter_out_of_fold_only(tmp_path, data, run, train_flags, fo
     extra = tmp_path / "extra"  # recordings without labels
     make_data(extra, per_species=2)
     table = pd.read_csv(extra / "train_metadata.csv").assign(primary_label="")
-    table["filename"] = ["new/" + name.replace("/", "_") for name in table.filename]
-    for path in list((extra / "train_audio").rglob("*.ogg")):
-        (extra / "train_audio/new").mkdir(exist_ok=True)
-        path.rename(extra / "train_audio/new" / f"{path.parent.name}_{path.name}")
+    (extra / "train_audio/new").mkdir()
+    for number, name in enumerate(table.filename):
+        (extra / "train_audio" / name).rename(extra / f"train_audio/new/XC{number}.ogg")
+    table["filename"] = [f"new/XC{number}.ogg" for number in range(len(table))]
     table.to_csv(extra / "train_metadata.csv", index=False)
     both = ["--data", str(data), str(extra)]
     assert cache.main([*both, "--out", str(tmp_path / "cache")]) == 0
@@ -152,6 +153,12 @@ def test_soft_labels_enter_out_of_fold_only(tmp_path, data, run, train_flags, fo
     assert train.main([*[flag for flag in flags if flag not in ("--soft-labels", str(soft))], "--fold", "all", "--run", str(other)]) == 0
     capsys.readouterr()
     assert distil.main(["--run", str(other), str(run), "--data", str(extra), "--cache", str(tmp_path / "cache"), "--out", str(soft) + "2"]) == 1
+    assert "no recording there is new to the teachers" in capsys.readouterr().err
+    moved = tmp_path / "moved"  # the same recordings under another year's species code
+    shutil.copytree(extra / "train_audio/new", moved / "train_audio/newer")
+    table.assign(filename=table.filename.str.replace("new/", "newer/")).to_csv(moved / "train_metadata.csv", index=False)
+    assert cache.main(["--data", str(data), str(moved), "--out", str(tmp_path / "cache2")]) == 0
+    assert distil.main(["--run", str(other), "--data", str(moved), "--cache", str(tmp_path / "cache2"), "--out", str(soft) + "2"]) == 1
     assert "no recording there is new to the teachers" in capsys.readouterr().err
     leaky = pd.read_csv(soft, dtype=str)
     leaky.loc[0, "source"] = str((int(leaky.source[0]) + 1) % 3)  # a model that was trained on this recording
@@ -187,7 +194,11 @@ def test_fp16_s_scale_begins_anew_with_each_fold_and_may_be_left_behind(tmp_path
     checkpoint = tmp_path / "fold0/checkpoint.safetensors"
     tensors, facts = load_tensors(checkpoint)
     save_tensors(checkpoint, tensors, facts | {"scaler": torch.amp.GradScaler("cpu").state_dict()})  # as a GPU in fp16 left it
+    config = tmp_path / "fold0/config.yaml"
+    config.write_text(config.read_text().replace("commit: ", "commit: before "))
     assert train.main(flags) == 0 and (tmp_path / "fold0/weights.safetensors").read_bytes() == (run / "fold0/weights.safetensors").read_bytes()
+    now = read_config(tmp_path / "fold0")
+    assert [one["versions"]["commit"] for one in now["earlier"]] == ["before " + now["versions"]["commit"]] and now["earlier"][0]["processes"] == 1
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -37,7 +37,7 @@ class TrainSettings:
     model: str = "asca_nano"
     init: Path | None = None
     """Where the weights begin: a checkpoint file (.safetensors, .pth, .bin), or another run's folder; by default from scratch."""
-    epochs: int = 60
+    epochs: int = 120
     batch_size: int = 32
     """Crops of one optimiser step, over all processes."""
     accumulate: int = 1

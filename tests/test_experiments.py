@@ -188,7 +188,7 @@ def test_rows_that_train_the_same_are_one_run_and_every_row_s_flags_are_known():
         silent = {row.name: row for row in tables["section42"].rows}["no background noise"]
         assert silent.key("birds", {"birds"}) != base and silent.key("esc10", {"birds"}) == tables["table1"].rows[5].key("esc10", {"birds"})
     assert Row("x", ("--epochs", "3", "--seed", "5", "--device", "cpu")).key("a", ()) == Row("y", ("--epochs", "3")).key("a", ())
-    assert FULL.epochs == read_flags(()).epochs
+    assert 2 * FULL.epochs == read_flags(()).epochs
     with pytest.raises(UserError, match="src.train does not take --no-such-flag"):
         read_flags(("--no-such-flag", "1"))
 
@@ -210,7 +210,7 @@ def test_intervals_are_student_s():
 
 def test_the_recipe_s_default_is_what_src_train_does():
     default = recipe_table(FULL, ["birds"]).rows[0]
-    assert default.name == "the default"
+    assert default.name == f"the default ({TrainSettings().epochs} epochs)"
     assert flatten(default.settings()) == flatten(TrainSettings()) | {"model": FULL.models[-1], "input_side": FULL.side}
 
 

@@ -10,7 +10,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(VENV)/bin/ruff check src tests benchmarks notebooks
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 $(READY): requirements.txt
 	$(PYTHON) -m venv $(VENV)

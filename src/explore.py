@@ -22,12 +22,9 @@ def read(data: Path, metadata: Path | None = None) -> pd.DataFrame:
     Durations come from the files' headers where the table lacks them and the audio is there.
     """
     file = metadata or data / "train_metadata.csv"
-    table, raw = read_metadata([data], metadata).table.copy(), read_csv(file)
+    table, raw = folds.with_durations(read_metadata([data], metadata)).table.copy(), read_csv(file)
     for column in ("latitude", "longitude"):
         table[column] = pd.to_numeric(raw[column], errors="coerce").to_numpy() if column in raw else np.nan
-    todo = [row for row in table.index[table.duration_s.isna()] if Path(table.path[row]).exists()]
-    if todo:
-        table.loc[todo, "duration_s"] = folds.durations(table.path[todo])
     return table
 
 

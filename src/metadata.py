@@ -43,9 +43,14 @@ def read_csv(path: Path | str) -> pd.DataFrame:
         raise UserError(f"{path} does not exist") from None
     except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
         raise UserError(f"{path} is not a readable CSV file: {error}") from error
-    if len(table) and not isinstance(table.index, pd.RangeIndex):  # pandas took the first column for the rows' names
-        raise UserError(f"{path}: its rows have more cells than its header has columns; is there a comma at their end, or one that needs quotes?")
+    require_header(table, path)
     return table
+
+
+def require_header(table: pd.DataFrame, path: Path | str) -> None:
+    """Raises UserError where the rows are longer than the header: pandas then takes the first column for the rows' names."""
+    if len(table) and not isinstance(table.index, pd.RangeIndex):
+        raise UserError(f"{path}: its rows have more cells than its header has columns; is there a comma at their end, or one that needs quotes?")
 
 
 def read_metadata(data: Sequence[Path | str], metadata: Path | str | None = None) -> Metadata:

@@ -47,6 +47,7 @@ def recipe_table(budget: Budget, data: Sequence[str]) -> Table:
             Row("paper.yaml (its 30 epochs)", ("--config", PAPER_YAML, *size), whole, noise=False),
             row("all steps", ALL), *(row(name, f"{ALL} {change}", "all steps") for name, change in CHANGES.items())]
     return Table("recipe", "The recipe, step by step", tuple(rows),
-                 f"All but paper.yaml's have the default's settings, `{DEFAULT}`, and what their names say; the steps are compared over half its epochs. "
+                 f"All but paper.yaml's have the default's settings, `{DEFAULT}`, and what their names say; the steps are compared over half "
+                 "the first row's epochs. "
                  f"All steps, from which the default was sought: `{ALL}`. (Where a flag stands twice, the last one counts.) "
                  "Without background noise but where a row says so.")

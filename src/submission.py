@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .console import UserError
-from .metadata import read_csv
+from .metadata import read_csv, require_header
 from .storage import atomic
 
 ROW_SECONDS, SHORTEST_REST = 5.0, 0.5
@@ -75,7 +75,9 @@ def _parts(path: Path) -> Iterator[pd.DataFrame]:
     """A CSV as strings, a thousand rows at a time: the millions of a whole competition's would take more memory than scoring. Raises UserError."""
     try:
         with pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", chunksize=1000) as parts:
-            yield from parts
+            for part in parts:
+                require_header(part, path)
+                yield part
     except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
         raise UserError(f"{path} is not a readable CSV file: {error}") from error
 

@@ -73,7 +73,8 @@ def require_sensible(settings: TrainSettings) -> None:
             if not fits(values[name]):
                 raise UserError(f"--{name.replace('_', '-')} {values[name]}: it is {words}")
     if not -math.inf < settings.augment.min_snr_db <= settings.augment.max_snr_db < math.inf:
-        raise UserError(f"--min-snr-db {settings.augment.min_snr_db:g}, --max-snr-db {settings.augment.max_snr_db:g}: the first must not be above the second")
+        raise UserError(f"--min-snr-db {settings.augment.min_snr_db:g}, --max-snr-db {settings.augment.max_snr_db:g}: both are finite numbers, "
+                        "the first not above the second")
 
 
 @resumable

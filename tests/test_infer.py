@@ -217,7 +217,7 @@ def test_inference_imports_no_training_library():
 @pytest.mark.parametrize(("text", "message"), [
     ("id,a\nx_5,0.1\n", "first column"), ("row_id,a\nx_5,1.000000\n", "outside"), ("row_id,a\nx_5,nan\n", "outside"), ("row_id,a\nx_5,\n", "outside"),
     ("row_id,a\nx_5,-0.1\n", "outside"), ("row_id,a\nx_5,0.1\nx_5,0.2\n", "twice"), ("row_id,a\nx,0.1\n", "is not <file stem>"),
-    ("row_id,b\nx_5,0.1\n", "columns differ")])
+    ("row_id,b\nx_5,0.1\n", "columns differ"), ("row_id,a\nx_5,0.1,\n", "more cells than its header")])
 def test_the_validator_finds_what_kaggle_would_not_take(tmp_path, text, message):
     (tmp_path / "s.csv").write_text(text)
     assert any(message in fault for fault in submission.check(tmp_path / "s.csv", classes=["a"]))

@@ -66,9 +66,11 @@ def require_sensible(settings: TrainSettings) -> None:
                                (("train_share",), lambda value: 0 < value <= 1, "above 0 and at most 1"),
                                (("label_smoothing", "ema_decay", "drop_path"), lambda value: 0 <= value < 1, "at least 0 and below 1"),
                                (("learning_rate", "warmup_epochs", "weight_decay", "clip_gradient", "weight_noise", "seed", "threads", "gain_db", "filter_db",
-                                 "stretch", "mel_shift_bins", "frequency_masks", "frequency_mask_bins", "time_masks", "time_mask_frames"),
+                                 "stretch", "mel_shift_bins", "mixup_alpha", "frequency_masks", "frequency_mask_bins", "time_masks", "time_mask_frames"),
                                 lambda value: value >= 0, "not below 0"),
-                               (("soft_weight", "secondary_weight"), lambda value: 0 <= value <= 1, "between 0 and 1")):
+                               (("soft_weight", "secondary_weight", *(name for name in values if name.endswith("_probability"))),
+                                lambda value: 0 <= value <= 1, "between 0 and 1"),
+                               (("seed",), lambda value: value < 2**63, "below 2^63"), (("sampling_power",), math.isfinite, "a finite number")):
         for name in names:
             if not fits(values[name]):
                 raise UserError(f"--{name.replace('_', '-')} {values[name]}: it is {words}")
@@ -77,10 +79,20 @@ def require_sensible(settings: TrainSettings) -> None:
                         "the first not above the second")
 
 
+def say_unused(settings: TrainSettings) -> None:
+    """Names the settings that were given and that nothing in this training reads."""
+    if settings.noise and not settings.augment.waveform_probability:
+        say(f"--noise {settings.noise} is not used: noise is mixed in on the waveform path, and --waveform-probability is 0")
+    usual, given = vars(TrainSettings().network.asca), vars(settings.network.asca)
+    if not settings.model.startswith("asca_") and (others := [name for name in given if given[name] != usual[name]]):
+        say(f"{', '.join('--' + name.replace('_', '-') for name in others)}: not used, since {settings.model} is not ASCA")
+
+
 @resumable
 def main(argv: list[str] | None = None) -> None:
     settings = located(parse(TrainSettings, argv, prog="python -m src.train", description=__doc__, of_data="train.yaml"))
     require_sensible(settings)
+    say_unused(settings)
     devices.keep_freed_memory()
     accelerator = devices.start(device=settings.device, precision=settings.precision, accumulate=settings.accumulate, threads=settings.threads)
     if settings.batch_size % (settings.accumulate * accelerator.num_processes):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,23 @@ def run(data: Path, train_flags: list[str]) -> Path:
     return out
 
 
+@pytest.fixture
+def copied(tmp_path: Path, run: Path) -> Path:
+    """The run's copy, which a test may change."""
+    return shutil.copytree(run, tmp_path / "run")
+
+
+@pytest.fixture(autouse=True)
+def shared_files_are_left_as_they_are(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails the test that changes them, not the one that comes after it: the order of the test files is that of the processes that are free."""
+    shared = request.getfixturevalue("data") if "data" in request.fixturenames else None
+    run = request.getfixturevalue("run") if "run" in request.fixturenames else None
+    before, before_in_run = files_of(shared), files_of(run)
+    yield
+    assert before.items() <= files_of(shared).items(), "shared files were changed: work on a copy"  # more may be there: a fixture's, made since
+    assert files_of(run) == before_in_run, "the shared run was changed: work on `copied`"
+
+
 @pytest.fixture(scope="session")
 def built(data: Path, run: Path) -> Path:
     """The run's bundle for Kaggle."""
@@ -118,6 +136,11 @@ def soundscapes(data: Path) -> Path:
         make_soundscape(data / "test_soundscapes" / f"{name}.ogg", seconds)
     (data / "test_soundscapes" / "notes.txt").write_text("not audio")
     return data / "test_soundscapes"
+
+
+def files_of(folder: Path | None) -> dict[Path, tuple[int, int]]:
+    """Each file's size and time of change."""
+    return {} if folder is None else {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture

@@ -20,11 +20,6 @@ needs_openvino = pytest.mark.skipif(not HAVE, reason="OpenVINO, which is optiona
 
 
 @pytest.fixture
-def copied(tmp_path, run):
-    return shutil.copytree(run, tmp_path / "run")
-
-
-@pytest.fixture
 def log_mel(run):
     from src.checkpoint import load_tensors
     from src.config import AudioConfig

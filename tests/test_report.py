@@ -30,16 +30,16 @@ def open_report(run) -> str:
     return report
 
 
-def test_a_trained_fold_s_report(run, tmp_path, capsys):
-    assert evaluate.main(["--run", str(run), "--resamples", "20"]) == 0
-    report = open_report(run)
+def test_a_trained_fold_s_report(copied, tmp_path, capsys):
+    assert evaluate.main(["--run", str(copied), "--resamples", "20"]) == 0
+    report = open_report(copied)
     for heading in ("Scores", "What was trained", "Training", "Classes", "Calibration", "Confused pairs", "Worst mistakes"):
         assert f"\n## {heading}\n" in report
     assert "| model | asca_test | asca_nano |" in report and "training.png" in report
-    pooled = pd.read_csv(run / "metrics.csv").query("fold == 'pooled' and metric == 'top1'").iloc[0]
+    pooled = pd.read_csv(copied / "metrics.csv").query("fold == 'pooled' and metric == 'top1'").iloc[0]
     printed = re.search(r"^\| top-1 \|.* ([\d.]+) \(([\d.]+) to ([\d.]+)\) \|$", report, re.M).groups()
     assert [float(number) for number in printed] == pytest.approx([pooled.value, pooled.low, pooled.high], abs=0.00051)
-    assert evaluate.main(["--run", str(run), "--cache", str(tmp_path / "nowhere")]) == 1
+    assert evaluate.main(["--run", str(copied), "--cache", str(tmp_path / "nowhere")]) == 1
     assert "nowhere holds no cache" in capsys.readouterr().err
 
 

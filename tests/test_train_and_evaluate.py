@@ -72,9 +72,11 @@ def test_finished_folds_are_skipped_and_changed_settings_refused(run, train_flag
     assert train.main([*flags, "--restart", "--noise", str(run / "fold0")]) == 1 and "no readable audio files below it" in capsys.readouterr().err
     assert sorted(path.name for path in (run / "fold0").iterdir()) == whole, "nothing is deleted ahead of a mistake"
     for wrong in (["--crop-choices", "0"], ["--gain-db", "-6.0"], ["--mel-shift-bins", "-1"], ["--threads", "-1"], ["--min-snr-db", "25.0"],
-                  ["--drop-path", "1.0"], ["--drop-path", "-0.5"], ["--frequency-masks", "-1"], ["--time-mask-frames", "-5"], ["--min-snr-db", "nan"]):
+                  ["--drop-path", "1.0"], ["--drop-path", "-0.5"], ["--frequency-masks", "-1"], ["--time-mask-frames", "-5"], ["--min-snr-db", "nan"],
+                  ["--roll-probability", "50.0"], ["--gaussian-probability", "-0.5"], ["--sampling-power", "nan"], ["--mixup-alpha", "-1.0"]):
         assert train.main([*flags, *wrong]) == 1 and f"{wrong[0]} {float(wrong[1]):g}" in capsys.readouterr().err.replace(".0:", ":")
-    for wrong in (["--learning-rate", "-1.0"], ["--label-smoothing", "1"], ["--warmup-epochs", "-1"], ["--train-share", "1.5"], ["--epochs", "0"]):
+    for wrong in (["--learning-rate", "-1.0"], ["--label-smoothing", "1"], ["--warmup-epochs", "-1"], ["--train-share", "1.5"], ["--epochs", "0"],
+                  ["--seed", str(2**63)]):
         assert train.main([*flags, *wrong]) == 1 and f"{wrong[0]} {wrong[1]}" in capsys.readouterr().err
 
 
@@ -87,11 +89,20 @@ def test_one_process_a_fold_ctrl_c_ends_it_and_restart_begins_anew(tmp_path, tra
             break
     assert train.main(flags) == 1 and "is in use by another process" in capsys.readouterr().err
     process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 130 and "the same command continues" in process.stderr.read()
+    assert process.wait(60) == 130 and "the same command continues" in process.stderr.read()
     assert (tmp_path / "fold0/checkpoint.safetensors").exists()
     assert train.main([*flags, "--epochs", "1"]) == 1 and "settings.epochs: 1000 -> 1" in capsys.readouterr().err
     assert train.main([*flags, "--epochs", "1", "--restart"]) == 0
     assert len(pd.read_csv(tmp_path / "fold0/history.csv")) == 1 and not (tmp_path / "fold0/checkpoint.safetensors").exists()
+
+
+def test_settings_that_nothing_reads_are_named(tmp_path, capsys):
+    flags = ["--model", "efficientnet_b0", "--layout", "CCTT", "--noise", str(tmp_path), "--waveform-probability", "0"]
+    train.say_unused(parse(TrainSettings, flags, prog="x", description=""))
+    said = capsys.readouterr().out
+    assert "--layout: not used" in said and f"--noise {tmp_path} is not used" in said
+    train.say_unused(parse(TrainSettings, [*flags[2:6], "--model", "asca_test"], prog="x", description=""))
+    assert not capsys.readouterr().out
 
 
 def test_a_loss_that_is_no_number_names_step_and_files(tmp_path, train_flags, capsys):
@@ -147,15 +158,15 @@ def test_checkpoints_refuse_a_changed_bit_and_other_files(tmp_path):
         load_tensors(path)
 
 
-def test_evaluate_writes_numbers_and_pictures_and_refuses_mixed_settings(run, train_flags, capsys):
-    assert train.main([*train_flags, "--run", str(run), "--fold", "1"]) == 0
-    assert evaluate.main(["--run", str(run)]) == 0
-    assert {"report.md", "metrics.csv", "per_class.csv", "per_class.png"} <= {p.name for p in run.iterdir()}
-    table = pd.read_csv(run / "metrics.csv")
+def test_evaluate_writes_numbers_and_pictures_and_refuses_mixed_settings(copied, train_flags, capsys):
+    assert train.main([*train_flags, "--run", str(copied), "--fold", "1"]) == 0
+    assert evaluate.main(["--run", str(copied)]) == 0
+    assert {"report.md", "metrics.csv", "per_class.csv", "per_class.png"} <= {p.name for p in copied.iterdir()}
+    table = pd.read_csv(copied / "metrics.csv")
     assert {"0", "1", "pooled"} <= set(table.fold.astype(str)) and (table.low <= table.value).all() and (table.value <= table.high).all()
-    config = run / "fold1/config.yaml"
+    config = copied / "fold1/config.yaml"
     config.write_text(config.read_text().replace("mixup_alpha: 0.4", "mixup_alpha: 0.9"))
-    assert evaluate.main(["--run", str(run)]) == 1 and "settings.mixup_alpha" in capsys.readouterr().err
+    assert evaluate.main(["--run", str(copied)]) == 1 and "settings.mixup_alpha" in capsys.readouterr().err
     config.write_text(config.read_text().replace("mixup_alpha: 0.9", "mixup_alpha: 0.4"))
 
 

@@ -121,8 +121,8 @@ def test_roll_keeps_the_frames_and_filters_keep_silence(rng):
     assert (difference == difference[0]).all()  # one response for all frames
 
 
-def test_soft_labels_enter_out_of_fold_only(tmp_path, data, run, train_flags, fold_table, capsys):
-    assert train.main([*train_flags, "--run", str(run), "--fold", "1", "2"]) == 0
+def test_soft_labels_enter_out_of_fold_only(tmp_path, data, copied, train_flags, fold_table, capsys):
+    assert train.main([*train_flags, "--run", str(copied), "--fold", "1", "2"]) == 0
     extra = tmp_path / "extra"  # recordings without labels
     make_data(extra, per_species=2)
     table = pd.read_csv(extra / "train_metadata.csv").assign(primary_label="")
@@ -134,10 +134,10 @@ def test_soft_labels_enter_out_of_fold_only(tmp_path, data, run, train_flags, fo
     both = ["--data", str(data), str(extra)]
     assert cache.main([*both, "--out", str(tmp_path / "cache")]) == 0
     soft = tmp_path / "soft.csv"
-    assert distil.main(["--run", str(run), "--data", str(extra), "--cache", str(tmp_path / "cache"), "--out", str(soft)]) == 0
+    assert distil.main(["--run", str(copied), "--data", str(extra), "--cache", str(tmp_path / "cache"), "--out", str(soft)]) == 0
     metadata, folds = read_metadata([data, extra]), read_folds(fold_table)
     found = read_soft_labels(soft, metadata, folds)
-    pooled = pd.concat(evaluate.out_of_fold(run, (), None)[0].values()).set_index("filename")
+    pooled = pd.concat(evaluate.out_of_fold(copied, (), None)[0].values()).set_index("filename")
     assert len(found) == len(pooled) + len(table)
     assert np.allclose(found.loc[pooled.index], pooled, atol=1e-5)
     target = np.eye(3, dtype=np.float32)[[0, 1]]
@@ -152,7 +152,7 @@ def test_soft_labels_enter_out_of_fold_only(tmp_path, data, run, train_flags, fo
     other = tmp_path / "other"  # a teacher that has heard the further folder already, and is named first
     assert train.main([*[flag for flag in flags if flag not in ("--soft-labels", str(soft))], "--fold", "all", "--run", str(other)]) == 0
     capsys.readouterr()
-    assert distil.main(["--run", str(other), str(run), "--data", str(extra), "--cache", str(tmp_path / "cache"), "--out", str(soft) + "2"]) == 1
+    assert distil.main(["--run", str(other), str(copied), "--data", str(extra), "--cache", str(tmp_path / "cache"), "--out", str(soft) + "2"]) == 1
     assert "no recording there is new to the teachers" in capsys.readouterr().err
     moved = tmp_path / "moved"  # the same recordings under another year's species code
     shutil.copytree(extra / "train_audio/new", moved / "train_audio/newer")

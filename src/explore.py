@@ -13,7 +13,7 @@ from matplotlib.ticker import LogFormatter
 from . import audio, folds, plots
 from .config import AudioConfig
 from .console import UserError
-from .metadata import read_csv, read_metadata
+from .metadata import read_csv, read_metadata, with_durations
 
 
 def read(data: Path, metadata: Path | None = None) -> pd.DataFrame:
@@ -22,7 +22,7 @@ def read(data: Path, metadata: Path | None = None) -> pd.DataFrame:
     Durations come from the files' headers where the table lacks them and the audio is there.
     """
     file = metadata or data / "train_metadata.csv"
-    table, raw = folds.with_durations(read_metadata([data], metadata)).table.copy(), read_csv(file)
+    table, raw = with_durations(read_metadata([data], metadata).table), read_csv(file)
     for column in ("latitude", "longitude"):
         table[column] = pd.to_numeric(raw[column], errors="coerce").to_numpy() if column in raw else np.nan
     return table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from . import audio
-from .console import UserError, progress, say, stage
-from .metadata import Metadata, copy_groups, joined, read_csv, read_metadata, targets
+from .console import UserError, say, stage
+from .metadata import joined, read_csv, read_metadata, targets, with_durations
 from .settings import parse
 from .storage import write_text
 
@@ -100,28 +98,6 @@ def _by_author(table: pd.DataFrame, n_folds: int, seed: int) -> np.ndarray:
     return folds
 
 
-def durations(paths: pd.Series) -> pd.Series:
-    """Seconds by the header of each file; NaN where it is missing or damaged, which the cache lists."""
-    seconds = pd.Series(np.nan, paths.index)
-    for row in progress(paths.index, what="reading durations", unit="file"):
-        try:
-            seconds[row] = audio.read_header(paths[row]).seconds
-        except audio.DamagedAudio:
-            continue
-    return seconds
-
-
-def with_durations(metadata: Metadata) -> Metadata:
-    """Fills in duration_s from the recordings' headers where the table lacks it and the audio is there: finds copies."""
-    table = metadata.table.copy()
-    todo = table.path[table.duration_s.isna()]
-    todo = todo[todo.map(os.path.exists).astype(bool)]
-    if not len(todo):
-        return metadata
-    table.loc[todo.index, "duration_s"] = durations(todo)
-    return Metadata(table.assign(copy_group=copy_groups(table)), metadata.classes)
-
-
 def read_folds(file: Path | str) -> dict[str, int]:
     """filename -> fold; -1: always in training, -2: neither trained on nor scored. Raises UserError for a table of another form."""
     if not Path(file).exists():
@@ -144,8 +120,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--out {out} is a folder; name the table to write, {out / 'folds.csv'} for one")
     metadata = read_metadata(settings.data[:1], settings.metadata)
     say(f"{len(metadata.table)} recordings, {len(metadata.classes)} classes, {settings.n_folds} folds by {settings.strategy}")
-    metadata = with_durations(metadata)
-    table = metadata.table
+    table = with_durations(metadata.table)
     by_strategy = {}
     for strategy in STRATEGIES:
         try:

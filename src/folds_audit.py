@@ -21,6 +21,7 @@ def _facts(table: pd.DataFrame, folds: np.ndarray, n_folds: int) -> dict[str, st
     scored = authors[authors.fold >= 0]
     shared = _in_training(scored, authors, n_folds)
     shared_by_folds = _in_training(scored, scored, n_folds)  # leaving aside what is always in training
+    known = f" of the {len(scored)} whose recordist is known" if len(scored) < held_out.sum() else ""
     apart = scored.groupby("author").fold.nunique() > 1
     split_copies = pd.Series(folds).groupby(table.copy_group.to_numpy()).nunique() > 1
     frequent = total >= n_folds
@@ -34,8 +35,8 @@ def _facts(table: pd.DataFrame, folds: np.ndarray, n_folds: int) -> dict[str, st
         "species missing from some fold's training": str((counts.to_numpy() == total.to_numpy()[:, None]).any(axis=1).sum()),
         "mean distance from an even share, recordings per species and fold": f"{deviation.mean():.2f}" if deviation.size else "-",
         "recordists held out in more than one fold": f"{apart.sum()} of {len(apart)}",
-        "held-out recordings whose recordist is also in training": f"{shared:.1%}",
-        "the same, leaving aside the recordings that are always in training": f"{shared_by_folds:.1%}",
+        "held-out recordings whose recordist is also in training": f"{shared:.1%}{known}",
+        "the same, leaving aside the recordings that are always in training": f"{shared_by_folds:.1%}{known}",
         "groups of copies on more than one side": str(split_copies.sum()),
     }
 

@@ -15,9 +15,11 @@ import pandas as pd
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from .console import UserError, say
+from .audio import DamagedAudio, read_header
+from .console import UserError, progress, say
 
 ARCHIVE_ID = r"(XC|iNat|CSA|ML)\d+"  # xeno-canto, iNaturalist, Colección de Sonidos Ambientales, Macaulay Library
+UNKNOWN = ("unknown", "anonymous", "not specified", "n/a", "na", "none", "nan", "-", "?")  # recordists who are no one
 REQUIRED = ("primary_label", "secondary_labels", "author", "filename")
 SecondaryLabels = Literal["ignore", "mask", "soft", "hard"]
 
@@ -27,7 +29,7 @@ class Metadata:
     """The recordings of one or several data folders.
 
     table, one row a recording: filename (the key), path (of the audio), primary_label, secondary_labels (tuple),
-    author, rating and duration_s (NaN where the table has none), recording_id (an archive's, or the filename), is_extra
+    author (empty where unknown), rating and duration_s (NaN where the table has none), recording_id (an archive's, or the filename), is_extra
     (from a further folder: always in training), copy_group (copies of one recording share a number).
     """
 
@@ -57,7 +59,7 @@ def read_metadata(data: Sequence[Path | str], metadata: Path | str | None = None
     """Reads and checks the metadata of one or more folders in BirdCLEF's layout.
 
     `metadata` names another table in the same columns for the first folder. Copies of a recording in a further
-    folder, and its recordings of other species, are left out; it may hold unlabelled recordings (an empty
+    folder (copy_groups), and its recordings of other species, are left out; it may hold unlabelled recordings (an empty
     primary_label), which are trained on where there are soft labels for them. Raises UserError with the row and the remedy.
     """
     tables = []
@@ -74,7 +76,8 @@ def read_metadata(data: Sequence[Path | str], metadata: Path | str | None = None
                 say(f"{unused} is not used, since it does not lie beside {file}, whose labels are the classes")
     main, table = tables[0], pd.concat(tables, ignore_index=True)
     if len(tables) > 1:
-        groups = copy_groups(table)
+        table = with_durations(table, could_be_copies(table))
+        groups = table.copy_group.to_numpy()
         copies = table.is_extra & (np.isin(groups, groups[: len(main)]) | pd.Series(groups).duplicated())
         unknown = table.is_extra & ~table.primary_label.isin([*classes, ""])
         say(f"further folders: {table.is_extra.sum()} recordings, less {copies.sum()} copies and "
@@ -123,7 +126,7 @@ def _check(raw: pd.DataFrame, *, file: Path, audio: Path, unlabelled_allowed: bo
         "path": [str(audio / name) for name in raw.filename],
         "primary_label": raw.primary_label,
         "secondary_labels": secondary,
-        "author": raw.author.str.strip(),
+        "author": raw.author.str.strip().where(~raw.author.str.strip().str.casefold().isin(UNKNOWN), ""),
         "rating": number("rating"),
         "duration_s": number("duration_s"),
         "recording_id": raw.filename.map(recording_id),
@@ -185,6 +188,26 @@ def copy_groups(table: pd.DataFrame) -> np.ndarray:
     cut = table.duration_s.map(table.duration_s.value_counts()) >= max(3, len(table) / 50)
     unknown = (table.author == "") | table.duration_s.isna() | cut
     return joined(table.recording_id, np.where(unknown, -1 - np.arange(len(table)), same))
+
+
+def could_be_copies(table: pd.DataFrame) -> np.ndarray:
+    """(n,) whether a recording and one of a further folder have the same known author and species: their durations tell copies."""
+    pair = table.groupby(["author", "primary_label"], sort=False)
+    return ((table.author != "") & pair.is_extra.transform("any") & (pair.filename.transform("size") > 1)).to_numpy()
+
+
+def with_durations(table: pd.DataFrame, rows: np.ndarray | bool = True) -> pd.DataFrame:
+    """Fills in duration_s (s) from the recordings' headers in the rows that lack it and whose audio is there; finds copies."""
+    todo = table.path[table.duration_s.isna() & rows]
+    todo = todo[todo.map(os.path.exists).astype(bool)]
+    seconds = pd.Series(np.nan, todo.index)
+    for row in progress(todo.index, what="reading durations", unit="file") if len(todo) else ():
+        try:
+            seconds[row] = read_header(todo[row]).seconds
+        except DamagedAudio:  # the cache lists it
+            continue
+    table = table.assign(duration_s=table.duration_s.fillna(seconds))
+    return table.assign(copy_group=copy_groups(table))
 
 
 def joined(*keys: Sequence) -> np.ndarray:

@@ -1,14 +1,16 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from src import folds
+from src import folds, metadata
 from src.console import UserError
+from src.demo_data import write_audio
 from src.folds import assign_folds, read_folds
-from src.metadata import read_metadata, targets
+from src.metadata import read_metadata, targets, with_durations
 from src.train import located
 from src.train_settings import TrainSettings
 
@@ -112,6 +114,22 @@ def test_further_folders_leave_out_copies_and_unknown_species(tmp_path):
     assert table.copy_group.nunique() == len(table)
 
 
+def test_a_further_folder_s_copy_of_another_name_is_told_by_its_duration_alone(tmp_path):
+    for name, author, seconds in (("main", "A. B.", (3.21, 4.0)), ("extra", "A. B.", (3.21, 5.0)), ("others", "unknown", (4.0,))):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, [{"filename": f"a/{name}{k}.ogg", "author": author} for k in range(len(seconds))])
+        for k, length in enumerate(seconds):
+            write_audio(tmp_path / name / f"train_audio/a/{name}{k}.ogg", np.zeros(round(length * 32000), np.float32))
+    table = read_metadata([tmp_path / "main", tmp_path / "extra", tmp_path / "others"]).table
+    assert table.filename[table.is_extra].tolist() == ["a/extra1.ogg", "a/others0.ogg"]
+
+
+def test_a_recordist_who_is_no_one_is_unknown(tmp_path):
+    authors = ("unknown", "Anonymous", " N/A ", "", "nan", "Unknownson")
+    table = read_metadata([write(tmp_path, [{"author": author, "duration_s": "3.3"} for author in authors])]).table
+    assert table.author.tolist() == ["", "", "", "", "", "Unknownson"] and table.copy_group.nunique() == 6
+
+
 def made_table(n: int = 300, seed: int = 0) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
     species = rng.choice([f"s{k}" for k in range(12)], n, p=np.arange(1, 13) / 78)
@@ -183,12 +201,12 @@ def make_made(root: Path, rows: list[dict]) -> Path:
 
 
 def test_copies_are_found_where_some_recordings_are_not_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(folds, "durations", lambda paths: pd.Series(3.5, paths.index))
+    monkeypatch.setattr(metadata, "read_header", lambda path: SimpleNamespace(seconds=3.5))
     data = make_made(tmp_path / "d", [{}] * 3)
     (data / "train_audio/a").mkdir(parents=True)
     for number in (1, 2):
         (data / f"train_audio/a/{number}.ogg").touch()
-    table = folds.with_durations(read_metadata([data])).table
+    table = with_durations(read_metadata([data]).table)
     assert table.copy_group[1] == table.copy_group[2] != table.copy_group[0] and np.isnan(table.duration_s[0])
 
 

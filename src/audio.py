@@ -27,6 +27,9 @@ MAX_RATE = 2_000_000  # Hz; recorders of bats reach 500,000
 MIN_BYTES_PER_SECOND = 8  # a header that claims more audio than this per byte of file is damaged
 
 
+CANNOT_OPEN = "cannot be opened"  # no damage: another try may succeed
+
+
 class DamagedAudio(Exception):
     """A file that does not decode to what its header promises; the text is the cause."""
 
@@ -60,10 +63,14 @@ def read_header(path: Path | str) -> Header:
 
 
 def _cause(path: Path | str, error: Exception) -> str:
-    if not os.path.exists(path):
+    try:
+        with open(path, "rb") as file:
+            if not file.read(1):
+                return "empty file"
+    except FileNotFoundError:
         return "missing file"
-    if os.path.getsize(path) == 0:
-        return "empty file"
+    except OSError as failure:
+        return f"{CANNOT_OPEN}: {failure.strerror}"
     return str(getattr(error, "error_string", error)).strip().rstrip(".") or type(error).__name__
 
 

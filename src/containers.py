@@ -9,8 +9,10 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 UNKNOWN_SIZES = (range(0x7FFF0000, 0x80000001), range(0xFFFF0000, 0x100000000))  # in a WAV whose writer could not know its length: it was a pipe
+WAV_JUNK = 2**18  # bytes behind a WAV's chunks that are passed over, 4 s at 32 kHz: recorders fill up their blocks
 FLAC_CUT = 4  # a header that claims so many times the frames that there is room for is damaged; a file cut shorter is lost anyway
 
 
@@ -51,8 +53,8 @@ def _ogg_crc(page: bytes) -> int:
 
 
 def wav_fault(path: Path | str) -> str:
-    """Whether a WAV's data chunk, an RF64 or an AIFF promises more than the file holds, which libsndfile passes over. "" where not, and for
-    other formats."""
+    """Whether a WAV's data chunk, an RF64 or an AIFF promises more than the file holds, or a WAV's less than follows it, which libsndfile
+    passes over. "" where not, and for other formats."""
     with open(path, "rb") as file:
         riff = file.read(12)
         if riff[:4] == b"FORM" or riff[:4] == b"RF64":
@@ -63,11 +65,26 @@ def wav_fault(path: Path | str) -> str:
             return ""
         while len(chunk := file.read(8)) == 8:
             name, size = struct.unpack("<4sI", chunk)
+            if name == b"data" and any(size in sizes for sizes in UNKNOWN_SIZES):
+                return ""
             if name == b"data":
                 missing = file.tell() + size - os.path.getsize(path)
-                return f"truncated: the data chunk promises {missing} bytes more" if missing > 0 and not any(size in sizes for sizes in UNKNOWN_SIZES) else ""
+                return f"truncated: the data chunk promises {missing} bytes more" if missing > 0 else _wav_shortage(file, size)
             file.seek(size + size % 2, os.SEEK_CUR)
     return ""
+
+
+def _wav_shortage(file: BinaryIO, size: int) -> str:
+    """Whether a file, read up to its data chunk's content of `size` bytes, goes on behind it with what are no chunks: more sound, where a recorder
+    lost its power or a length over 4 GiB began anew from 0."""
+    at, whole = file.tell() + size + size % 2, os.fstat(file.fileno()).st_size
+    while at < whole:
+        file.seek(at)
+        name, length = struct.unpack("<4sI", file.read(8).ljust(8, b"\0"))
+        if not re.fullmatch(rb"[ -~]{4}", name) or at + 8 + length > whole:
+            break
+        at += 8 + length + length % 2
+    return f"damaged: the data chunk counts {size} bytes, and {whole - at} more follow" if whole - at > WAV_JUNK else ""
 
 
 def mp3_fault(path: Path | str) -> str:

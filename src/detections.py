@@ -10,11 +10,12 @@ import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
 
+from .audio import CANNOT_OPEN
 from .config import AudioConfig, differences
 from .console import UserError, say
 from .metadata import read_csv
@@ -25,7 +26,10 @@ from .submission import ROW_SECONDS
 SUFFIXES = {"raven": ".raven.txt", "audacity": ".audacity.txt", "csv": ".detections.csv"}
 RAVEN = ("Selection", "View", "Channel", "Begin File", "Begin Time (s)", "End Time (s)", "Low Freq (Hz)", "High Freq (Hz)", "Common Name", "Score")
 CSV = ("file", "start_s", "end_s", "label", "scientific_name", "common_name", "probability")
+ENDS = 2**16  # bytes of a recording's begin and of its end
 JOURNAL, ALL = "done.jsonl", "all_detections.csv"
+ENTRY = {"file", "seconds_decoded", "fault"}  # what a line of the journal holds, beside _state
+LONGEST_NAME = 255  # bytes
 NAME_COLUMNS = (("SPECIES_CODE", "SCI_NAME", "PRIMARY_COM_NAME"), ("primary_label", "scientific_name", "common_name"))
 
 Names = dict[str, tuple[str, str]]  # label -> scientific name, common name; "" where unknown
@@ -161,7 +165,7 @@ class DetectionTables:
                        "names_crc32": zlib.crc32(json.dumps(used, sort_keys=True).encode())}
         self._held = ExitStack()
         self._held.enter_context(owned(folder))
-        self.entries = {} if restart else self._read_journal()
+        self.restart, self.entries = restart, {} if restart else self._read_journal()
 
     def __enter__(self) -> DetectionTables:
         return self
@@ -171,20 +175,25 @@ class DetectionTables:
 
     def _read_journal(self) -> dict[str, dict]:
         """The recordings that are done; a line that is damaged, the torn last one for instance, costs its own recording alone."""
-        journal = self.folder / JOURNAL
-        lines = journal.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if journal.exists() else []
-        recipe, *records = map(_record, lines or [""])
+        recipe, *records = map(_record, self._journal_lines() or [""])
         if not recipe:
             return {}
-        entries = {record["file"]: record for record in records if record.keys() >= {"file", "seconds_decoded", "fault"}}
+        entries = {record["file"]: record for record in records if record.keys() >= ENTRY}
         changed = differences(recipe, self.recipe)
         if changed:
             raise UserError(f"{self.folder} holds detections of other settings ({'; '.join(changed[:5])}{'; ...' if len(changed) > 5 else ''}); "
                             "name another --tables, or begin anew with --restart")
         return entries
 
+    def _journal_lines(self) -> list[str]:
+        journal = self.folder / JOURNAL
+        return journal.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if journal.exists() else []
+
     def to_do(self, soundscapes: Sequence[Soundscape], *, again: bool = False) -> list[Soundscape]:
         """The soundscapes whose tables are not there yet, or whose recording has changed; all, if they are done `again`."""
+        require_names_that_fit([path for s in soundscapes for path in self._outputs(s).values()])
+        if self.restart:
+            self._clear()
         done = {} if again else self.entries
         kept = {s.name: entry for s in soundscapes if (entry := done.get(self._file(s))) and self._is_done(s, entry)}
         for soundscape in soundscapes:
@@ -194,9 +203,18 @@ class DetectionTables:
         write_text(self.folder / JOURNAL, "".join(json.dumps(line) + "\n" for line in [self.recipe, *self.entries.values()]))
         return [s for s in soundscapes if s.name not in kept]
 
+    def _clear(self) -> None:
+        """Deletes the tables that the folder's journal names: other settings' tables are not left among the new ones."""
+        recipe, *records = map(_record, self._journal_lines() or [""])
+        names = [PurePosixPath(record["file"]).with_suffix("") for record in records if record.keys() >= ENTRY]
+        for path in [self.folder / f"{name}{SUFFIXES[kind]}" for name in names for kind in recipe.get("formats", ()) if ".." not in name.parts]:
+            path.unlink(missing_ok=True)
+        (self.folder / ALL).unlink(missing_ok=True)
+
     def _is_done(self, soundscape: Soundscape, entry: dict) -> bool:
         state = _state(soundscape.path)
-        return bool(state) and entry.items() >= state.items() and all(path.exists() for path in self._outputs(soundscape).values())
+        whole = bool(state) and entry.items() >= state.items() and CANNOT_OPEN not in entry["fault"]
+        return whole and all(path.exists() for path in self._outputs(soundscape).values())
 
     def _outputs(self, soundscape: Soundscape) -> dict[str, Path]:
         tables = {name: self.folder / (soundscape.name + SUFFIXES[name]) for name in self.formats}
@@ -240,6 +258,13 @@ class DetectionTables:
                     whole.write(self._outputs(soundscape)["csv"].read_text(encoding="utf-8").partition("\n")[2])
 
 
+def require_names_that_fit(paths: Sequence[Path]) -> None:
+    """Raises UserError, ahead of hours of scoring, for a name that no common file system takes."""
+    for path in paths:
+        if len(os.fsencode(f"{path.name}.partial")) > LONGEST_NAME:
+            raise UserError(f"{path.name}: the name is too long for a file; give the recording a shorter one")
+
+
 def _record(line: str) -> dict:
     """A journal's line; an empty one where it is damaged."""
     try:
@@ -250,9 +275,12 @@ def _record(line: str) -> dict:
 
 
 def _state(path: Path) -> dict[str, int]:
-    """By which a changed recording is known; empty where it has disappeared."""
+    """By which a changed recording is known; empty where it cannot be read. Another memory card may hold the same names, sizes and times."""
     try:
-        facts = os.stat(path)
+        with open(path, "rb") as file:
+            facts, ends = os.fstat(file.fileno()), zlib.crc32(file.read(ENDS))
+            file.seek(max(0, facts.st_size - ENDS))
+            ends = zlib.crc32(file.read(ENDS), ends)
     except OSError:
         return {}
-    return {"bytes": facts.st_size, "mtime_ns": facts.st_mtime_ns}
+    return {"bytes": facts.st_size, "mtime_ns": facts.st_mtime_ns, "ends_crc32": ends}

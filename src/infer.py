@@ -90,6 +90,8 @@ def check_options(options: argparse.Namespace) -> None:
     unknown = sorted(set(options.format) - {"submission", *detections.SUFFIXES})
     if unknown or not options.format:
         raise UserError(f"--format {' '.join(unknown)} is not known; known are submission, {', '.join(detections.SUFFIXES)}")
+    for_people = {f"--{name}": getattr(options, name) for name in ("tables", "thresholds", "species", "taxonomy", "restart")}
+    for_people["--threshold"] = options.threshold != parser().get_default("threshold")
     options.tables = options.tables or (options.out.with_suffix("") if options.out.suffix else options.out.parent / f"{options.out.name}_tables")
     if options.out.is_dir() and "submission" in options.format and not options.check:
         raise UserError(f"--out {options.out} is a folder; name the file to write, {options.out / 'asca.csv'} for one")
@@ -99,9 +101,12 @@ def check_options(options: argparse.Namespace) -> None:
         raise UserError("--threshold must be within 0 and 1, --time-limit a number of minutes, or 0 for none")
     if not -math.inf < options.started <= time.time() + 60:
         raise UserError(f"--started {options.started:.0f} lies in the future or is no time; it is seconds since 1970, as `date +%s` prints")
+    if not set(options.format) & set(detections.SUFFIXES) and not options.pictures and not options.check and any(for_people.values()):
+        raise UserError(f"{next(name for name, given in for_people.items() if given)} is for tables and pictures, and none are asked for: "
+                        "add --format raven (or audacity, csv), or --pictures DIR")
 
 
-@partial(stage, kept="the submission holds the rows that were last written, and the same command begins it anew; finished tables are kept")
+@partial(stage, kept="finished tables are kept, {again} continues them; a submission holds the rows that were last written, and is begun anew")
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     check_options(options)
@@ -128,14 +133,19 @@ def main(argv: list[str] | None = None) -> int:
         ensemble = Ensemble(models, classes, guard, options.pooling)
         guard.reserve = MARGIN_SECONDS + MARGIN_SHARE * max(0.0, guard.left()) if guard.limited else 0.0
         file = begin_submission(options.out, soundscapes, classes, ensemble.prior, guard) if submission_too else None
-        for result in score(to_do, ensemble, batch_size=options.batch_size or max(8, 2 * threads), overviews=bool(options.pictures)):
-            soundscape = to_do[result.number]
+        try:
+            for result in score(to_do, ensemble, batch_size=options.batch_size or max(8, 2 * threads), overviews=bool(options.pictures)):
+                soundscape = to_do[result.number]
+                if file:
+                    file.fill(result.number, result.probability)
+                    file.write_if_due()
+                if tables and result.complete:
+                    tables.add(soundscape, result.probability, result.known)
+                soundscape.overview = None
+        except Exception:
             if file:
-                file.fill(result.number, result.probability)
-                file.write_if_due()
-            if tables and result.complete:
-                tables.add(soundscape, result.probability, result.known)
-            soundscape.overview = None
+                file.write()  # what was scored ahead of the failure is kept
+            raise
         faults = file.write_and_check() if file else []  # first, since all else can be made again
         if tables:
             tables.finish(soundscapes)

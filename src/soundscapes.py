@@ -14,10 +14,11 @@ import pandas as pd
 
 from . import audio, submission
 from .config import AudioConfig
-from .console import UserError
+from .console import UserError, say
 from .containers import mp3_fault
 
 QUEUED_BATCHES = 16  # decoded ahead of the model
+OTHER_SOUND = (".m4a", ".mp4", ".aac", ".wma", ".amr", ".3gp", ".caf", ".w64", ".wac", ".mov", ".avi", ".mkv", ".webm", ".mts")  # ffmpeg reads most
 OVERVIEW_COLUMNS = 2000  # as many as a screen shows
 
 
@@ -39,10 +40,16 @@ class Soundscape:
 def find_soundscapes(folder: Path, expected_seconds: float, *, recursive: bool = False, to_the_end: bool = False) -> list[Soundscape]:
     """The audio files of a folder, by name, with their numbers of rows (`submission.n_rows`) from their headers. Hidden files are passed over,
     links that lead nowhere are damaged recordings."""
-    if not folder.is_dir():
-        raise UserError(f"--soundscapes {folder} is no folder; name the one that holds the long recordings")
-    paths = sorted(path for path in (_below(folder) if recursive else folder.iterdir())
-                   if path.suffix.lower() in audio.SUFFIXES and not path.name.startswith(".") and (path.is_file() or not path.exists()))
+    try:
+        if not folder.is_dir():
+            raise UserError(f"--soundscapes {folder} is no folder; name the one that holds the long recordings")
+        files = [path for path in (_below(folder) if recursive else folder.iterdir()) if not path.name.startswith(".")]
+        paths = sorted(path for path in files if path.suffix.lower() in audio.SUFFIXES and (path.is_file() or not path.exists()))
+    except OSError as error:
+        raise UserError(f"{error.filename or folder} cannot be read: {error.strerror or error}; grant yourself access, or move it away") from error
+    foreign = [path for path in files if path.suffix.lower() in OTHER_SOUND]
+    if foreign:
+        say(f"{folder}: {len(foreign)} file(s) of other kinds are passed over, {foreign[0].name} for one; ffmpeg -i OLD NEW.flac converts them")
     odd = [path for path in paths if any("\udc80" <= mark <= "\udcff" for mark in str(path))]  # bytes that are no text
     if odd:
         raise UserError(f"{ascii(str(odd[0]))}: its name is not UTF-8 ({len(odd)} such name(s)); rename it (convmv -f latin1 -t utf8 does whole folders)")
@@ -70,7 +77,7 @@ def beside(folder: Path, pattern: str) -> list[Path]:
 def _below(folder: Path) -> list[Path]:
     """The files in a folder, its sub-folders and those that are linked there, each once; a link to a folder that lies below anyway adds nothing."""
     root, seen, found = folder.resolve(), set(), []
-    for at, folders, names in os.walk(folder, followlinks=True):
+    for at, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
         real = Path(at).resolve()
         if real in seen or real.is_relative_to(root) and real != root / Path(at).relative_to(folder):
             folders.clear()
@@ -79,6 +86,10 @@ def _below(folder: Path) -> list[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(at, name) for name in names]
     return found
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 class Overview:

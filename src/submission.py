@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -167,6 +168,8 @@ def check(path: Path, *, classes: Sequence[str] | None = None, ids: Sequence[str
         if columns[:1] != ["row_id"]:
             return [f"the first column is {columns[0] if columns else 'missing'}, not row_id"]
         doubled = [column for column, times in Counter(columns).items() if times > 1]
+        if "" in columns:
+            return ["a column has no name"]
         if doubled:
             return [f"{len(doubled)} column(s) stand there twice, {doubled[0]} for one"]
         row_id, outside = _read(path, columns)
@@ -187,7 +190,7 @@ def check(path: Path, *, classes: Sequence[str] | None = None, ids: Sequence[str
         missing, extra = [row for row in ids if row not in written], sorted(written - set(ids))
         if missing or extra:
             faults.append(f"row_ids differ from the soundscapes': missing {len(missing)} ({missing[:2]}), unexpected {len(extra)} ({extra[:2]})")
-    malformed = row_id[~row_id.str.fullmatch(r".+_[1-9]\d*")]
+    malformed = row_id[~row_id.str.fullmatch(r".+_[1-9]\d*", flags=re.DOTALL)]
     if len(malformed):
         faults.append(f"row_id {malformed.iloc[0]!r} is not <file stem>_<end second>")
     faults += [f"{n} value(s) of {column} outside [0, 1): {first}" for column, (n, first) in sorted(outside.items(), key=lambda item: columns.index(item[0]))]

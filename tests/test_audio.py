@@ -101,6 +101,17 @@ def test_damage_is_found_and_named(tmp_path):
     assert len(audio.read_waveform(tmp_path / "good.ogg", 32_000)) == 320_000
 
 
+def test_sound_behind_a_wav_s_data_chunk_is_told_and_other_chunks_are_not(tmp_path):
+    path, second = tmp_path / "a.wav", bytes(64_000)
+    chunk = struct.pack("<4sI", b"guan", 1_000_001) + bytes(1_000_002)
+    for behind, fault in ((b"", ""), (bytes(200_000), ""), (chunk + bytes(1000), ""), (second * 50, "counts 64000 bytes, and 3200000 more follow"),
+                          (chunk + second * 5, "and 320000 more follow")):
+        path.write_bytes(riff(data_bytes=64_000) + second + behind)
+        assert fault in containers.wav_fault(path) and bool(fault) == bool(containers.wav_fault(path))
+    path.write_bytes(riff(data_bytes=64_000)[:-4] + b"\xff" * 4 + second * 50)  # of a pipe: all of it is read
+    assert len(audio.read_waveform(path, 32_000)) == 1_600_000
+
+
 def riff(*, rate: int = 32_000, data_bytes: int) -> bytes:
     """The 44 bytes ahead of a WAV's 16-bit mono samples."""
     return struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + data_bytes, b"WAVE", b"fmt ", 16, 1, 1, rate, min(2 * rate, 2**32 - 1), 2, 16, b"data", data_bytes)

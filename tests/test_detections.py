@@ -15,7 +15,8 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src import detections, infer
+from src import audio, detections, infer
+from src.audio import CANNOT_OPEN, DamagedAudio
 from src.detections import Detection
 from tests.conftest import make_soundscape, waveform
 
@@ -157,11 +158,65 @@ def test_an_interrupted_folder_is_continued_with_the_same_bytes(tmp_path, run, f
     assert infer.main([*command, "--hop-seconds", "2.5"]) == 1 and "hop_seconds: 5.0 -> 2.5" in capsys.readouterr().err
     assert infer.main([*command, "--soundscapes", str(field / "season/day 1")]) == 1 and "day 1" in capsys.readouterr().err
     assert infer.main(command) == 0 and "5 of 6 recordings are done" in capsys.readouterr().out and sorted(files(out / "tables")) == sorted(expected)
-    assert infer.main([*command, "--hop-seconds", "2.5", "--restart"]) == 0
+    assert infer.main([*command, "--hop-seconds", "2.5", "--restart", "--format", "raven"]) == 0
     assert json.loads(journal.read_text().splitlines()[0])["hop_seconds"] == 2.5
+    assert not list((out / "tables").rglob("*detections.csv")), "other settings' tables are gone"
+
+
+def test_another_recording_of_the_same_name_size_and_time_is_not_done(tmp_path, run, capsys):
+    card = tmp_path / "card"
+    card.mkdir()
+    soundfile.write(card / "a.wav", waveform(6), 32_000)
+    flags = ["--run", str(run), "--soundscapes", str(card), "--tables", str(tmp_path / "t"), "--format", "csv", "--threshold", "0", "--threads", "1"]
+    assert infer.main(flags) == 0
+    before, facts = (tmp_path / "t/a.detections.csv").read_bytes(), (card / "a.wav").stat()
+    soundfile.write(card / "a.wav", 0 * waveform(6), 32_000)
+    os.utime(card / "a.wav", ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert (card / "a.wav").stat().st_size == facts.st_size and infer.main(flags) == 0
+    assert "recordings are done" not in capsys.readouterr().out and (tmp_path / "t/a.detections.csv").read_bytes() != before
+
+
+def test_what_could_not_be_opened_is_tried_again(tmp_path, run, monkeypatch, capsys):
+    soundfile.write(tmp_path / "in.wav", waveform(6), 32_000)
+    (tmp_path / "card").mkdir()
+    shutil.copy(tmp_path / "in.wav", tmp_path / "card/a.wav")
+    flags = ["--run", str(run), "--soundscapes", str(tmp_path / "card"), "--tables", str(tmp_path / "t"), "--format", "csv", "--threads", "1"]
+    denied = DamagedAudio(f"{CANNOT_OPEN}: Permission denied")
+    with monkeypatch.context() as patched:
+        patched.setattr(audio, "read_header", lambda path: raise_(denied))
+        assert infer.main(flags) == 0 and "cannot be opened: Permission denied" in (tmp_path / "t/failures.csv").read_text()
+    assert infer.main(flags) == 0 and not (tmp_path / "t/failures.csv").exists()
+    assert infer.main(flags) == 0 and "1 of 1 recordings are done" in capsys.readouterr().out
+
+
+def raise_(error: Exception) -> None:
+    raise error
+
+
+def test_a_table_that_cannot_be_written_costs_no_scored_row(tmp_path, run, capsys, monkeypatch):
+    for name in "ab":
+        make_soundscape(tmp_path / f"in/{name}.ogg", 6.0)
+    flags = ["--run", str(run), "--soundscapes", str(tmp_path / "in"), "--out", str(tmp_path / "s.csv"), "--threads", "1"]
+    assert infer.main(flags) == 0
+    expected = pd.read_csv(tmp_path / "s.csv", index_col="row_id")
+    with monkeypatch.context() as patched:
+        patched.setattr(detections.DetectionTables, "add", lambda *rest: raise_(detections.UserError("no space")))
+        assert infer.main([*flags, "--format", "submission", "csv"]) == 1 and "no space" in capsys.readouterr().err
+    assert pd.read_csv(tmp_path / "s.csv", index_col="row_id").loc["a_5"].equals(expected.loc["a_5"])
+    (tmp_path / "in/b.ogg").rename(tmp_path / f"in/{'ö' * 120}.ogg")
+    assert infer.main([*flags, "--format", "csv", "--restart"]) == 1 and "the name is too long" in capsys.readouterr().err
+
+
+def test_files_of_other_kinds_are_told(tmp_path, run, capsys):
+    make_soundscape(tmp_path / "in/a.ogg", 5.0)
+    (tmp_path / "in/phone.M4A").write_bytes(b"x")
+    assert infer.main(["--run", str(run), "--soundscapes", str(tmp_path / "in"), "--out", str(tmp_path / "s.csv"), "--threads", "1"]) == 0
+    assert "1 file(s) of other kinds are passed over, phone.M4A" in capsys.readouterr().out
 
 
 def test_bad_options_are_refused(tmp_path, run, field, capsys):
+    assert infer.main(["--run", str(run), "--soundscapes", str(field / "season"), "--out", str(tmp_path / "s.csv"), "--threshold", "0.2"]) == 1
+    assert "--threshold is for tables and pictures" in capsys.readouterr().err
     for flags, message in ((["--format", "xls"], "--format xls"), (["--threshold", "2"], "--threshold must be"), (["--competition", "birdclef"], "known are")):
         assert detect(run, field, tmp_path, *flags) == 1 and message in capsys.readouterr().err
 

@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     theirs = pd.concat([read_oof(settings.run / "plain" / f"fold{fold}", classes) for fold in settings.fold]).set_index("filename").loc[ours.filename]
     target, _ = targets(table.set_index("filename").loc[ours.filename].reset_index(), metadata.classes)
     probability, plain = ours[classes].to_numpy(), theirs[classes].to_numpy()
-    scores, plain_scores = metrics.score(target, probability), metrics.score(target, plain)
+    scores, plain_scores = (metrics.score(target, p, resamples=settings.resamples) for p in (probability, plain))
     gain = paired_gain(target, probability, plain, settings.resamples)
     speed, plain_speed = (float(np.mean([fold[name] for fold in speeds])) for name in ("trainer", "plain"))
     given = flatten(settings)

@@ -42,7 +42,7 @@ class SoftLabelSettings:
     """Of the prediction in a target, the label having the rest."""
     threads: int = 0
     resamples: int = 1000
-    """Of the paired bootstrap over recordings."""
+    """Of the bootstraps over recordings."""
     results: Path = Path("benchmarks/results")
 
 
@@ -90,7 +90,8 @@ def main(argv: list[str] | None = None) -> None:
     teacher = pd.concat([by_fold[fold] for fold in folds], ignore_index=True)
     student = pd.concat([evaluate.read_oof(folder, classes) for folder in students.values()]).set_index("filename").loc[teacher.filename, classes].to_numpy()
     target, teacher = evaluate.truth_of(teacher.filename, metadata, given), teacher[classes].to_numpy()
-    scores, gain = [metrics.score(target, table) for table in (student, teacher)], paired_gain(target, student, teacher, settings.resamples)
+    scores = [metrics.score(target, table, resamples=settings.resamples) for table in (student, teacher)]
+    gain = paired_gain(target, student, teacher, settings.resamples)
     commits = sorted({read_config(folder)["versions"]["commit"] for folder in students.values()})
     command = (f"python -m benchmarks.soft_labels --run {settings.run} --fold {' '.join(map(str, folds))}{' --nested' if settings.nested else ''} "
                f"--soft-weight {settings.soft_weight:g}")

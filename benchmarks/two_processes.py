@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{run} scored other recordings than {settings.run}")
     target = evaluate.truth_of(tables[settings.run].filename, metadata, given)
     probability = [table[list(metadata.classes)].to_numpy() for table in tables.values()]
-    scores = [metrics.score(target, p) for p in probability]
+    scores = [metrics.score(target, p, resamples=settings.resamples) for p in probability]
     gains = [paired_gain(target, p, probability[0], settings.resamples) for p in probability[1:]]
     commits = ["/".join(sorted({read_config(run / f"fold{fold}")["versions"]["commit"] for fold in folds})) for run in tables]
     lines = ["# Two processes against one", "", about(f"python -m benchmarks.two_processes --run {settings.run} --fold {' '.join(map(str, folds))}"), "",

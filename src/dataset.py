@@ -142,7 +142,7 @@ class BalancedSampler(Sampler):
             yield from self._epoch(epoch)
 
     def _epoch(self, epoch: int) -> Iterator[list[Key]]:
-        rng = np.random.default_rng((self.seed, epoch))
+        rng = np.random.default_rng((self.seed, epoch, 0, 0, 1))  # no crop's and no step's: their last numbers are others
         rows = rng.choice(len(self.share), self.n_batches * self.batch_size, p=self.share)
         keys = [(epoch, place, int(row)) for place, row in enumerate(rows)]
         for first in range(0, len(keys), self.batch_size):

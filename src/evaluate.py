@@ -32,7 +32,7 @@ class EvaluateSettings:
     """Another table in train_metadata.csv's columns, if not the run's."""
     cache: Path | None = None
     """Where the report's spectrograms come from; by default where it lay when the run was trained."""
-    resamples: int = 200
+    resamples: int = 1000
     """Of the bootstrap."""
     submission: Path | None = None
     """Score this submission instead of a run ..."""
@@ -147,7 +147,7 @@ def per_class_table(classes: list[str], metadata: Metadata, truth: np.ndarray, p
                          "ap": precision[:, 0], "roc_auc": auc[:, 0]})
 
 
-def score_submission(submission: Path, labels: Path, resamples: int = 200) -> dict[str, metrics.Estimate]:
+def score_submission(submission: Path, labels: Path, resamples: int = 1000) -> dict[str, metrics.Estimate]:
     """A submission's scores against a CSV of row_id and labels. Raises UserError where rows or species do not fit."""
     predicted, present = read_rows(submission), read_labels(labels)
     if not present:

@@ -96,7 +96,7 @@ def bootstrap_weights(n: int, resamples: int, seed: int = 0) -> np.ndarray:
     return weights
 
 
-def score(target: np.ndarray, probability: np.ndarray, *, resamples: int = 200, seed: int = 0) -> dict[str, Estimate]:
+def score(target: np.ndarray, probability: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> dict[str, Estimate]:
     """All metrics of (n, C) probabilities against 0/1 targets, with 95 % intervals from `resamples` bootstraps of the rows.
 
     Macro AP and ROC-AUC run over the classes with a positive among the rows, padded cmAP over all classes,

@@ -163,6 +163,11 @@ class DetectionTables:
         used = {label: list(names[label]) for label in finite if label in names}
         self.recipe = {**settings, "formats": sorted(formats), "pictures": bool(pictures), "thresholds": finite,
                        "names_crc32": zlib.crc32(json.dumps(used, sort_keys=True).encode())}
+        if pictures:
+            try:
+                pictures.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--pictures {pictures} cannot be made: {error.strerror or error}; name another folder") from error
         self._held = ExitStack()
         self._held.enter_context(owned(folder))
         self.restart, self.entries = restart, {} if restart else self._read_journal()
@@ -207,7 +212,7 @@ class DetectionTables:
         """Deletes the tables that the folder's journal names: other settings' tables are not left among the new ones."""
         recipe, *records = map(_record, self._journal_lines() or [""])
         names = [PurePosixPath(record["file"]).with_suffix("") for record in records if record.keys() >= ENTRY]
-        for path in [self.folder / f"{name}{SUFFIXES[kind]}" for name in names for kind in recipe.get("formats", ()) if ".." not in name.parts]:
+        for path in [self.folder / f"{name}{SUFFIXES[kind]}" for name in names for kind in recipe.get("formats", ()) if not {"..", "/"} & {*name.parts}]:
             path.unlink(missing_ok=True)
         (self.folder / ALL).unlink(missing_ok=True)
 

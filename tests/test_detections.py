@@ -217,6 +217,8 @@ def test_files_of_other_kinds_are_told(tmp_path, run, capsys):
 def test_bad_options_are_refused(tmp_path, run, field, capsys):
     assert infer.main(["--run", str(run), "--soundscapes", str(field / "season"), "--out", str(tmp_path / "s.csv"), "--threshold", "0.2"]) == 1
     assert "--threshold is for tables and pictures" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert detect(run, field, tmp_path, "--pictures", str(tmp_path / "file")) == 1 and "file cannot be made: File exists" in capsys.readouterr().err
     for flags, message in ((["--format", "xls"], "--format xls"), (["--threshold", "2"], "--threshold must be"), (["--competition", "birdclef"], "known are")):
         assert detect(run, field, tmp_path, *flags) == 1 and message in capsys.readouterr().err
 

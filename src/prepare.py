@@ -8,20 +8,21 @@ from pathlib import Path
 
 from .console import UserError, say, stage
 from .sources import SOURCES
-from .sources.layout import write
-from .storage import write_text
+from .sources.layout import FILES, write
+from .sources.ucr import name_of
+from .storage import owned, write_text
 
 MARK = "prepared_from.txt"  # in a prepared folder: the data set's name
 
 
 def claim(out: Path, name: str) -> None:
-    """Marks the folder as this data set's. Raises UserError where it holds recordings that were not prepared from it."""
+    """Marks the folder as this data set's. Raises UserError where it holds files of a data set that were not prepared from it."""
     try:
         if (out / MARK).read_text(encoding="utf-8").strip() == name:
             return
     except (OSError, UnicodeDecodeError):
         pass
-    taken = [each for each in ("train_metadata.csv", "train_audio") if (out / each).exists()]
+    taken = [each for each in FILES if (out / each).exists()]
     if taken:
         raise UserError(f"{out / taken[0]} is there already, and not from {name}; name another --out, or move what lies there away")
     write_text(out / MARK, name + "\n")
@@ -39,13 +40,14 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{options.source} is no folder; unpack the data set first")
     if out.resolve() == options.source.resolve():
         raise UserError(f"{out} is the source itself; name another --out")
-    claim(out, options.name)
-    data = SOURCES[options.name](options.source, out)
-    missing = write(data, out)
+    with owned(out):
+        claim(out, name_of(options.source) if options.name == "ucr" else options.name)
+        data = SOURCES[options.name](options.source, out)
+        missing = write(data, out)
     if missing:
         say(f"{len(missing)} of {len(data.recordings)} recordings are not there, listed in {out / 'missing_audio.csv'}; the cache will leave them out")
     for file, settings in (("cache.yaml", data.cache), ("train.yaml", data.train)):
-        if settings:
+        if settings and (out / file).exists():
             say(f"src.{file.removesuffix('.yaml')} will take from {out / file}: {', '.join(f'{key} {value}' for key, value in settings.items())}")
     split = f"its folds are {' and '.join(str(out / file) for file in data.folds)}" if data.folds else \
         f"next: python -m src.folds --data {out}"

@@ -117,10 +117,22 @@ def test_other_recordings_are_never_replaced(tmp_path, capsys):
     (tmp_path / "mine/train_metadata.csv").write_text("mine")
     flags = ["birdclef-2024", str(tmp_path / "source"), "--out"]
     assert prepare.main([*flags, str(tmp_path / "mine")]) == 1 and "name another --out" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["train_metadata.csv"]
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == [".lock", "train_metadata.csv"]
+    (tmp_path / "mine/train_metadata.csv").rename(tmp_path / "mine/folds.csv")
+    assert prepare.main([*flags, str(tmp_path / "mine")]) == 1 and "folds.csv is there already" in capsys.readouterr().err
     assert prepare.main([*flags, str(tmp_path / "out")]) == 0 == prepare.main([*flags, str(tmp_path / "out")])
     (tmp_path / "file").touch()
-    assert prepare.main([*flags, str(tmp_path / "file")]) == 1 and "cannot write" in capsys.readouterr().err
+    assert prepare.main([*flags, str(tmp_path / "file")]) == 1 and "cannot use" in capsys.readouterr().err
+
+
+def test_a_recipe_of_one_s_own_is_kept(tmp_path, capsys):
+    make_year(tmp_path / "source", "birdclef-2024")
+    (tmp_path / "out").mkdir()
+    flags = ["birdclef-2024", str(tmp_path / "source"), "--out", str(tmp_path / "out")]
+    assert prepare.main(flags) == 0
+    (tmp_path / "out/train.yaml").write_text("epochs: 7\n")
+    assert prepare.main(flags) == 0 and "train.yaml is kept" in capsys.readouterr().out
+    assert (tmp_path / "out/train.yaml").read_text() == "epochs: 7\n"
 
 
 def test_esc10_keeps_its_folds_and_trains(tmp_path, capsys):
@@ -129,7 +141,7 @@ def test_esc10_keeps_its_folds_and_trains(tmp_path, capsys):
     for fold in range(1, 4):
         for target, (category, in_ten) in enumerate((("dog", True), ("rain", True), ("cow", False))):
             name = f"{fold}-{target}-A-{target}.wav"
-            rows.append(f"{name},{fold},{target},{category},{in_ten},{fold}{target},A")
+            rows.append(f"{name},{fold},{target},{category},{str(in_ten).upper() if fold == 1 else in_ten},{fold}{target},A")
             if name != "3-1-A-1.wav":
                 make_soundscape(source / "audio" / name, 1.0, seed=target)
     (source / "meta").mkdir()

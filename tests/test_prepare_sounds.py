@@ -190,12 +190,16 @@ def test_a_ucr_series_becomes_a_sound_that_shows_it(tmp_path, capsys):
     assert config["settings"]["time_mask_frames"] == 20 and config["audio"]["fmax"] == 500
 
 
-def test_both_forms_of_the_ucr_archive_give_the_same_files(tmp_path):
+def test_both_forms_of_the_ucr_archive_give_the_same_files(tmp_path, capsys):
     for form in ("tsv", "ts"):
         make_ucr(tmp_path / form, form)
         assert prepare.main(["ucr", str(tmp_path / form), "--out", str(tmp_path / f"out_{form}")]) == 0
     one, other = ({str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*.*")} for out in (tmp_path / "out_tsv", tmp_path / "out_ts"))
-    assert one == other and len(one) == 14
+    assert one == other and len(one) == 15
+    make_ucr(tmp_path / "other", "tsv")
+    for file in (tmp_path / "other").iterdir():
+        file.rename(file.with_name(file.name.replace("Ramps", "Other")))
+    assert prepare.main(["ucr", str(tmp_path / "other"), "--out", str(tmp_path / "out_ts")]) == 1 and "not from ucr Other" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("form", "old", "new", "message"), [

@@ -21,7 +21,7 @@ def esc(source: Path, out: Path, *, only_ten: bool) -> DataSet:
     if bad.any():
         raise UserError(f"{file}, line {bad.idxmax() + 2}: fold {table.fold[bad].iloc[0]!r} is no number; correct the line or delete it")
     if only_ten and "esc10" in table:
-        table = table[table.esc10 == "True"]
+        table = table[table.esc10.str.casefold() == "true"]  # a spreadsheet writes TRUE
     if only_ten and table.category.nunique() > 10:
         raise UserError(f"{file} has {table.category.nunique()} categories and no column esc10 that names ESC-10's; prepare it as esc50")
     if not (source / "audio").is_dir():

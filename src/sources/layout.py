@@ -18,6 +18,8 @@ from ..storage import atomic_folder, write_table, write_text
 
 COLUMNS = ("primary_label", "secondary_labels", "type", "latitude", "longitude", "scientific_name", "common_name", "author", "license", "rating",
            "url", "filename")  # BirdCLEF 2023's
+FILES = ("train_metadata.csv", "train_audio", "folds.csv", "sample_submission.csv", "taxonomy.csv", "cache.yaml", "train.yaml", "missing_audio.csv")
+MADE = "# made by python -m src.prepare; delete this line to keep what you change\n"
 LEFT_OUT = -2  # in a fold table: neither trained on nor scored; -1: always in training
 
 
@@ -40,6 +42,10 @@ class DataSet:
 def write(data: DataSet, out: Path) -> list[str]:
     """Writes what `data` holds below `out` and returns the recordings whose audio is not there (missing_audio.csv lists them)."""
     names = data.recordings.filename
+    if not len(names):
+        raise UserError(f"the source's tables name no recording for {out}; are they whole, and of this data set?")
+    if names.duplicated().any():
+        raise UserError(f"the source's tables name {names[names.duplicated()].iloc[0]} twice; delete one of the rows there")
     missing = [name for name in names if not (out / "train_audio" / name).exists()]
     if missing:
         write_table(out / "missing_audio.csv", pd.DataFrame({"filename": missing}))
@@ -51,8 +57,10 @@ def write(data: DataSet, out: Path) -> list[str]:
         write_table(out / "sample_submission.csv", pd.DataFrame(columns=["row_id", *data.classes]))
         write_table(out / "taxonomy.csv", pd.DataFrame({"primary_label": list(data.classes), "common_name": list(data.classes.values())}))
     for file, settings in (("cache.yaml", data.cache), ("train.yaml", data.train)):
-        if settings:
-            write_text(out / file, yaml.safe_dump(settings, sort_keys=False))
+        if (out / file).exists() and not (out / file).read_bytes().startswith(MADE.encode()):
+            say(f"{out / file} is kept as it is: src.prepare did not make it")
+        elif settings:
+            write_text(out / file, MADE + yaml.safe_dump(settings, sort_keys=False))
         else:  # of what lay here before
             (out / file).unlink(missing_ok=True)
     write_table(out / "train_metadata.csv", data.recordings.reindex(columns=list(COLUMNS), fill_value=""))  # last: where it lies, the data set is whole

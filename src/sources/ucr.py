@@ -50,6 +50,11 @@ def ucr(source: Path, out: Path) -> DataSet:
         train={"time_mask_frames": 20})  # a tenth of the window, as in the default recipe
 
 
+def name_of(source: Path) -> str:
+    """The archive holds many data sets: which one this is."""
+    return f"ucr {the_file(source, 'TRAIN').stem.removesuffix('_TRAIN')}"
+
+
 def the_file(source: Path, part: str) -> Path:
     found = next((files for suffix in ("tsv", "ts") if (files := sorted(source.glob(f"*_{part}.{suffix}")))), [])
     if len(found) != 1:

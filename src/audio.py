@@ -27,7 +27,7 @@ MAX_RATE = 2_000_000  # Hz; recorders of bats reach 500,000
 MIN_BYTES_PER_SECOND = 8  # a header that claims more audio than this per byte of file is damaged
 
 
-CANNOT_OPEN = "cannot be opened"  # no damage: another try may succeed
+MISSING, CANNOT_OPEN = "missing file", "cannot be opened"  # no damage: another try may succeed
 
 
 class DamagedAudio(Exception):
@@ -68,7 +68,7 @@ def _cause(path: Path | str, error: Exception) -> str:
             if not file.read(1):
                 return "empty file"
     except FileNotFoundError:
-        return "missing file"
+        return MISSING
     except OSError as failure:
         return f"{CANNOT_OPEN}: {failure.strerror}"
     return str(getattr(error, "error_string", error)).strip().rstrip(".") or type(error).__name__

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 import sys
@@ -23,7 +25,7 @@ from .settings import parse
 from .storage import owned, safe_cell, sha256, sync_folder, write_json, write_table, write_text
 
 DATA, INDEX, HEADER, DAMAGED, JOURNAL = "log_mels.u8", "index.csv", "cache.json", "damaged.csv", "journal.partial"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Cache:
     """A finished cache, opened for reading. `read` is one pread, safe after fork and in threads.
 
     Data: time-major (frames, n_mels) uint8, one recording after the other in log_mels.u8; index.csv holds each
-    one's first frame, frames and CRC-32; cache.json the recipe, the index's SHA-256 and the data file's size.
+    one's first frame, frames and CRC-32; cache.json the recipe, the tables' and its own SHA-256, and the data file's size.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -63,8 +65,9 @@ class Cache:
             raise UserError(f"{self.folder} holds no {'finished ' if unfinished else ''}cache; "
                             f"{'the same python -m src.cache command continues it' if unfinished else 'make it with python -m src.cache'}")
         self.config = AudioConfig.from_dict(header["audio"])
-        if sha256(self.folder / INDEX) != header["index_sha256"]:
-            raise UserError(f"{self.folder / INDEX} is damaged (its SHA-256 differs); make it again with python -m src.cache --restart")
+        for file, digest in ((INDEX, header["index_sha256"]), (DAMAGED, header["damaged_sha256"])):
+            if not (self.folder / file).exists() or sha256(self.folder / file) != digest:
+                raise UserError(f"{self.folder / file} is damaged (its SHA-256 differs); make it again with python -m src.cache --restart")
         size = (self.folder / DATA).stat().st_size if (self.folder / DATA).exists() else -1
         if size != header["data_bytes"]:
             raise UserError(f"{self.folder / DATA} has {size} bytes instead of {header['data_bytes']}; "
@@ -111,9 +114,15 @@ def _read_header(folder: Path) -> dict | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / HEADER} is damaged: {error}; make it again with python -m src.cache --restart") from error
-    if header.get("format") != FORMAT:
-        raise UserError(f"{folder} is a cache of format {header.get('format')}, this is {FORMAT}; use --restart or another folder")
+    if not isinstance(header, dict) or header.get("format", FORMAT) == FORMAT and header.pop("sha256", None) != _digest(header):
+        raise UserError(f"{folder / HEADER} is damaged (its SHA-256 differs); make it again with python -m src.cache --restart")
+    if header["format"] != FORMAT:
+        raise UserError(f"{folder} is a cache of format {header['format']}, this is {FORMAT}; make it again with python -m src.cache --restart")
     return header
+
+
+def _digest(header: dict) -> str:
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
 def _encode(job: tuple[str, str, AudioConfig]) -> tuple[bytes, str, int, int]:
@@ -157,8 +166,10 @@ def build(table: pd.DataFrame, out: Path, config: AudioConfig, *, workers: int, 
         header = None if restart else _read_header(out)
         if header is not None:
             _refuse_differences(out, header, plan)
+            cache = Cache(out)
+            _refuse_newcomers(table, cache)
             say(f"{out} is complete: nothing to do")
-            return Cache(out)
+            return cache
         partial = out / (DATA + ".partial")
         if restart:
             for name in (HEADER, INDEX, DAMAGED, DATA, JOURNAL):  # the header first: without it there is no cache
@@ -181,14 +192,21 @@ def _refuse_differences(out: Path, old: dict, plan: dict) -> None:
         raise UserError(f"{out} holds another cache ({'; '.join(changed)}); name another --out, or begin anew with --restart")
 
 
+def _refuse_newcomers(table: pd.DataFrame, cache: Cache) -> None:
+    """Raises UserError for recordings that were not there, or could not be opened, and can be now: they would be left out for ever."""
+    absent = [name for name, cause in cache.damaged.items() if cause == audio.MISSING or cause.startswith(audio.CANNOT_OPEN)]
+    paths = table.set_index("filename").path.reindex(absent).dropna()
+    there = [name for name, path in paths.items() if os.access(path, os.R_OK)]
+    if there:
+        raise UserError(f"{cache.folder} lacks {len(there)} recording(s) that could not be opened when it was made and can be now, {there[0]} for one; "
+                        "take them in with --restart")
+
+
 def _resume(out: Path, plan: dict, partial: Path) -> list[dict]:
     """The journal's entries whose data are whole; cuts the data file and the journal behind the last of them."""
     journal = out / JOURNAL
-    lines = journal.read_text(encoding="utf-8").split("\n")[:-1] if journal.exists() else []  # drops a torn last line
-    try:
-        parsed = [json.loads(line) for line in lines]
-    except ValueError:
-        parsed = []
+    lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []  # drops a torn last line
+    parsed = list(itertools.takewhile(bool, map(_entry, lines)))
     if parsed and not partial.exists() and (out / DATA).exists():  # it ended between the data's last name and the header
         os.replace(out / DATA, partial)
     if parsed and partial.exists():
@@ -203,8 +221,20 @@ def _resume(out: Path, plan: dict, partial: Path) -> list[dict]:
                 break
             entries.append(entry)
         data.truncate(sum(entry["frames"] for entry in entries) * n_mels)
-    write_text(journal, "".join(json.dumps(line) + "\n" for line in [plan, *entries]))
+    write_text(journal, "".join(map(_line, [plan, *entries])))
     return entries
+
+
+def _line(entry: dict) -> str:
+    """A line of the journal: its CRC-32, and the entry."""
+    text = json.dumps(entry)
+    return f"{zlib.crc32(text.encode()):08x} {text}\n"
+
+
+def _entry(line: bytes) -> dict:
+    """What `_line` wrote; an empty entry where it is damaged."""
+    crc, _, text = line.partition(b" ")
+    return json.loads(text) if crc == b"%08x" % zlib.crc32(text) else {}
 
 
 def _grow(table: pd.DataFrame, out: Path, partial: Path, entries: list[dict], config: AudioConfig, workers: int) -> None:
@@ -217,7 +247,7 @@ def _grow(table: pd.DataFrame, out: Path, partial: Path, entries: list[dict], co
                      "above": above, "below": below}
             data.write(log_mel)
             data.flush()
-            journal.write(json.dumps(entry) + "\n")
+            journal.write(_line(entry))
             journal.flush()
             entries.append(entry)
         os.fsync(data.fileno())
@@ -236,17 +266,16 @@ def _finish(out: Path, partial: Path, entries: list[dict], plan: dict) -> None:
     write_table(out / DAMAGED, damaged[["filename", "cause"]].map(safe_cell))
     os.replace(partial, out / DATA)
     sync_folder(out)
-    write_json(out / HEADER, {**plan, "index_sha256": sha256(out / INDEX), "data_bytes": (out / DATA).stat().st_size})
+    header = {**plan, "index_sha256": sha256(out / INDEX), "damaged_sha256": sha256(out / DAMAGED), "data_bytes": (out / DATA).stat().st_size}
+    write_json(out / HEADER, header | {"sha256": _digest(header)})
     (out / JOURNAL).unlink()
 
 
 def clipped_share(entries: list[dict], config: AudioConfig) -> str:
     """One line: how many of the recordings' cells the dB range cuts. The journal carries the counts over an interruption."""
-    counted = [entry for entry in entries if "above" in entry]  # an older version's journal has none
-    cells = max(1, sum(entry["frames"] for entry in counted) * config.n_mels)
-    above, below = (sum(entry[side] for entry in counted) / cells for side in ("above", "below"))
-    return (f"clipped at the recipe's range: {above:.3%} of the cells above {config.db_max:+g} dB, {below:.3%} below {config.db_min:+g} dB"
-            + (f" (in {len(counted)} of the {len(entries)} recordings)" if len(counted) < len(entries) else ""))
+    cells = max(1, sum(entry["frames"] for entry in entries) * config.n_mels)
+    above, below = (sum(entry[side] for entry in entries) / cells for side in ("above", "below"))
+    return f"clipped at the recipe's range: {above:.3%} of the cells above {config.db_max:+g} dB, {below:.3%} below {config.db_min:+g} dB"
 
 
 @resumable
@@ -265,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
     say(f"{len(table)} recordings with {workers} process(es); recipe: {settings.audio}")
     cache = build(table, out, settings.audio, workers=workers, restart=settings.restart)
     frames = sum(map(cache.n_frames, cache.names))
-    say(f"wrote {out}: {len(cache.names)} recordings, {frames / settings.audio.frames_per_second / 3600:.2f} h, "
+    say(f"{out} holds {len(cache.names)} recordings, {frames / settings.audio.frames_per_second / 3600:.2f} h, "
         f"{frames * settings.audio.n_mels / 1e6:.0f} MB; {len(cache.damaged)} damaged, listed in {out / DAMAGED}")
     for name, cause in list(cache.damaged.items())[:5]:
         say(f"  left out: {name}: {cause}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -30,6 +31,8 @@ class AudioConfig:
     window_seconds: float = 5.0  # what one prediction is made from
 
     def __post_init__(self) -> None:
+        if not all(map(math.isfinite, asdict(self).values())) or self.n_mels < 1:
+            raise UserError(f"an audio recipe holds finite numbers and at least one mel bin: {self}")
         if not 0 < self.win_length <= self.n_fft:
             raise UserError(f"win_length {self.win_length} must be within 1..n_fft ({self.n_fft})")
         if not 0 <= self.fmin < self.fmax <= self.sample_rate / 2:

@@ -37,11 +37,16 @@ def read_config(folder: Path) -> dict:
         return config
     except FileNotFoundError:
         raise UserError(f"{folder} holds no config.yaml: no fold was trained there; see python -m src.train") from None
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'config.yaml'} is damaged: {error}") from error
 
 
 def versions() -> dict[str, str]:
-    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    """Of Python, the packages that numbers depend on, and the project's commit; "unknown" outside a repository, or without git."""
+    try:
+        git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        commit = git.stdout.strip()
+    except OSError:
+        commit = ""
     packages = ("torch", "numpy", "audiomentations", "albumentations")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}, "commit": commit.stdout.strip() or "unknown"}
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}, "commit": commit or "unknown"}

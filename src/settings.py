@@ -22,15 +22,27 @@ def parse(cls: type[T], argv: list[str] | None, *, prog: str, description: str, 
     `of_data` names a recipe that the first of the settings' data folders may hold, where src.prepare put it: it is read before all others.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    settings = _parse(cls, argv, prog, description)
-    for recipe in [folder / of_data for folder in settings.data[:1]] if of_data else []:
-        if recipe.exists():
-            say(f"settings of the data set: {recipe}")
-            return _parse(cls, ["--config", str(recipe), *argv], prog, description)
+    if of_data and (recipe := _first_folder(_words(cls, argv), cls().data) / of_data).exists():
+        say(f"settings of the data set: {recipe}")
+        argv = ["--config", str(recipe), *argv]
+    settings = tyro.cli(cls, args=_words(cls, argv), prog=prog, config=STYLE, description=description + " `--config FILE` reads settings from YAML first.")
+    if getattr(settings, "data", None) == () and cls().data:
+        raise UserError("--data names no folder")
     return settings
 
 
-def _parse(cls: type[T], argv: list[str], prog: str, description: str) -> T:
+def _first_folder(words: list[str], usual: tuple[Path, ...]) -> Path:
+    """The first data folder that the flags name, ahead of their being read as a whole: what they must fit is in that folder's recipe."""
+    for word, value in reversed([*zip(words, [*words[1:], "--"])]):
+        if word.startswith("--data="):
+            return Path(word.removeprefix("--data="))
+        if word == "--data" and not value.startswith("--"):
+            return Path(value)
+    return usual[0]
+
+
+def _words(cls: type[T], argv: list[str]) -> list[str]:
+    """The flags, after those that the recipes among them stand for."""
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     defaults = flatten(cls())
     recipe: dict[str, Any] = {}
@@ -55,22 +67,24 @@ def _parse(cls: type[T], argv: list[str], prog: str, description: str) -> T:
             words.append(flag if value else "--no-" + flag[2:])
         else:
             words += [flag, *(map(str, value) if isinstance(value, (list, tuple)) else [str(value)])]
-    return tyro.cli(cls, args=words + argv, prog=prog, config=STYLE,
-                    description=description + " `--config FILE` reads settings from YAML first.")
+    return words + argv
 
 
 def read_recipe(file: str | Path, known: dict[str, Any]) -> dict[str, Any]:
     """A flat YAML mapping `setting: value`, or the `settings` of a run's config.yaml; unknown keys are refused."""
     try:
         values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{file}: not a readable YAML file: {error}") from error
     values = values.get("settings", values) if isinstance(values, dict) else values
     if not isinstance(values, dict):
         raise UserError(f"{file}: not a mapping `setting: value`")
-    unknown = sorted(set(values) - set(known))
+    unknown = sorted(map(str, set(values) - set(known)))
     if unknown:
         raise UserError(f"{file}: unknown setting(s) {', '.join(unknown)}; --help lists them all")
+    empty = [key for key, value in values.items() if value == "" != known[key]]
+    if empty:
+        raise UserError(f"{file}: {empty[0]} is empty; give it a value, or delete the line")
     return values
 
 

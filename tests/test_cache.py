@@ -1,6 +1,7 @@
 """STAGE 2: the cache holds the log-mels, survives what ends it, and refuses what differs."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,75 @@ def test_another_recipe_and_changed_bytes_are_refused(tmp_path, data, capsys):
     (out / "index.csv").write_text((out / "index.csv").read_text().replace("XC", "XD", 1))
     with pytest.raises(UserError, match="SHA-256 differs"):
         Cache(out)
+
+
+def test_no_flipped_bit_of_the_tables_passes(tmp_path, data):
+    out = tmp_path / "c"
+    flags = ["--data", str(data), "--out", str(out), "--workers", "1"]
+    assert cache.main(flags) == 0
+    rng = np.random.default_rng(0)
+    for name in ("cache.json", "index.csv", "damaged.csv"):
+        whole = (out / name).read_bytes()
+        for bit in rng.choice(8 * len(whole), 60, replace=False):
+            content = bytearray(whole)
+            content[bit // 8] ^= 1 << bit % 8
+            (out / name).write_bytes(content)
+            with pytest.raises(UserError, match="--restart"):
+                Cache(out)
+        (out / name).unlink()
+        with pytest.raises(UserError):
+            Cache(out)
+        (out / name).write_bytes(whole)
+    assert Cache(out).verify() == []
+
+
+def test_a_flipped_bit_of_the_journal_costs_what_stands_behind_it_alone(tmp_path, data, cached, monkeypatch):
+    flags, out = ["--data", str(data), "--out", str(tmp_path / "c"), "--workers", "1"], tmp_path / "c"
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_finish", lambda *rest: raise_(KeyboardInterrupt()))
+        assert cache.main(flags) == 130
+    whole, data_bytes = (out / "journal.partial").read_bytes(), (out / "log_mels.u8.partial").read_bytes()
+    for bit in np.random.default_rng(0).choice(8 * len(whole), 5, replace=False):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        (out / "journal.partial").write_bytes(content)
+        (out / "log_mels.u8.partial").write_bytes(data_bytes)
+        assert cache.main(flags) == 0 and bytes_of(out) == bytes_of(cached)
+        for path in out.iterdir():
+            path.unlink()
+
+
+def test_what_arrives_after_caching_is_not_left_out_in_silence(tmp_path, data, capsys):
+    shutil.copytree(data / "train_audio", tmp_path / "train_audio")
+    shutil.copy(data / "train_metadata.csv", tmp_path)
+    late = sorted((tmp_path / "train_audio").rglob("*.ogg"))[3]
+    content = late.read_bytes()
+    late.unlink()
+    flags = ["--data", str(tmp_path), "--out", str(tmp_path / "c"), "--workers", "1"]
+    assert cache.main(flags) == 0 == cache.main(flags)
+    late.write_bytes(content)
+    capsys.readouterr()
+    assert cache.main(flags) == 1
+    assert f"lacks 1 recording(s) that could not be opened when it was made and can be now, {late.parent.name}" in capsys.readouterr().err
+    assert cache.main([*flags, "--restart"]) == 0 and not Cache(tmp_path / "c").damaged
+
+
+def test_the_data_s_own_recipe_is_there_before_flags_are_judged(tmp_path, data, capsys):
+    shutil.copy(data / "train_metadata.csv", tmp_path)
+    (tmp_path / "cache.yaml").write_text("fmax: 500.0\nwin_length: 200\n")
+    flags = [f"--data={tmp_path}", "--sample-rate", "8000", "--n-fft", "512"]
+    recipe = cache.parse(cache.CacheSettings, flags, prog="x", description="", of_data="cache.yaml").audio
+    assert (recipe.sample_rate, recipe.fmax, recipe.win_length, recipe.n_fft) == (8000, 500.0, 200, 512)
+    assert cache.main(["--data"]) == 1 and "--data names no folder" in capsys.readouterr().err
+    for flags, message in ((["--n-mels", "0"], "at least one mel bin"), (["--window-seconds", "inf"], "finite"), (["--db-max", "nan"], "finite")):
+        assert cache.main([f"--data={tmp_path}", *flags]) == 1 and message in capsys.readouterr().err
+    for recipe, message in ((b"yes: 1\n", "unknown setting(s) True"), (b"workers: 3 # l\xe4rm\n", "not a readable YAML file"), (b'out: ""\n', "is empty")):
+        (tmp_path / "own.yaml").write_bytes(recipe)
+        assert cache.main([f"--data={tmp_path}", "--config", str(tmp_path / "own.yaml")]) == 1 and message in capsys.readouterr().err
+
+
+def raise_(error: BaseException) -> None:
+    raise error
 
 
 def test_a_second_process_is_refused(tmp_path, data):

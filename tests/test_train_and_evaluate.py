@@ -17,6 +17,7 @@ from src.console import UserError
 from src.evaluate import score_submission
 from src.folds import read_folds
 from src.optimiser import learning_rate_at
+from src.run_config import read_config, versions
 from src.settings import flatten, parse
 from src.train_settings import TrainSettings
 
@@ -133,6 +134,15 @@ def test_recipes_are_read_flags_beat_them_and_unknown_keys_are_refused(tmp_path)
     with pytest.raises(UserError, match="unknown setting.*epoch"):
         parse(TrainSettings, ["--config", str(tmp_path / "bad.yaml")], prog="x", description="")
     assert yaml.safe_load(yaml.safe_dump(flatten(paper)))["attn_norm"] == "bn"
+
+
+def test_a_config_is_written_without_git_and_a_damaged_one_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert versions()["commit"] == "unknown"
+    for content in (b"", b"\xff", b"settings: [1]\n"):
+        (tmp_path / "config.yaml").write_bytes(content)
+        with pytest.raises(UserError, match="config.yaml is damaged"):
+            read_config(tmp_path)
 
 
 def test_learning_rate_warms_up_and_falls_along_a_cosine():

@@ -13,7 +13,9 @@ from matplotlib.ticker import LogFormatter
 from . import audio, folds, plots
 from .config import AudioConfig
 from .console import UserError
+from .folds_audit import write_audit
 from .metadata import read_csv, read_metadata, with_durations
+from .settings import read_recipe
 
 
 def read(data: Path, metadata: Path | None = None) -> pd.DataFrame:
@@ -140,10 +142,21 @@ def draw_examples(path: Path, found: list[tuple[str, np.ndarray]], config: Audio
     return path
 
 
+def audio_config(data: Path) -> AudioConfig:
+    """The recipe of the data set's cache.yaml, else the default: src.cache's without flags."""
+    usual, recipe = AudioConfig().to_dict(), data / "cache.yaml"
+    return AudioConfig(**usual | (read_recipe(recipe, usual) if recipe.exists() else {}))
+
+
 def audit(data: Path, out: Path, *, n_folds: int, metadata: Path | None = None) -> tuple[str, Path]:
-    """The folds' audit, its Markdown and its picture: the one in folds/ where this data set has one, else of folds made in `out`."""
+    """The folds' audit, its Markdown and its picture: of the data's own folds.csv where it has one, else the one in folds/, else of folds
+    made in `out`."""
     table = folds.fold_table(data)
-    if metadata or not table.with_suffix(".audit.md").exists():
+    if not metadata and (data / "folds.csv").exists():
+        table, recordings, of = out / "folds.csv", with_durations(read_metadata([data]).table), folds.read_folds(data / "folds.csv")
+        fold = recordings.filename.map(of).fillna(-1).astype(int).to_numpy()
+        write_audit(recordings, {"established": fold}, chosen="established", n_folds=fold.max() + 1, out=table)
+    elif metadata or not table.with_suffix(".audit.md").exists():
         table = out / "folds.csv"
         flags = ["--data", str(data), "--out", str(table), "--n-folds", str(n_folds), "--overwrite", *(["--metadata", str(metadata)] if metadata else [])]
         if folds.main(flags):

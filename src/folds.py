@@ -135,6 +135,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{out} holds another split, which trained runs may rely on; "
                         "name another --out, or replace it with --overwrite")
     write_text(out, text)
+    established = settings.data[0] / "folds.csv"
+    if established.exists() and out.resolve() != established.resolve():
+        say(f"mind that src.train takes {established} unless --folds {out} is named")
     audit = write_audit(table, by_strategy, chosen=settings.strategy, n_folds=settings.n_folds, out=out)
     say(f"wrote {out}, {', '.join(map(str, audit))}")
 

@@ -89,7 +89,8 @@ def read_metadata(data: Sequence[Path | str], metadata: Path | str | None = None
 def _check(raw: pd.DataFrame, *, file: Path, audio: Path, unlabelled_allowed: bool) -> pd.DataFrame:
     missing = [column for column in REQUIRED if column not in raw]
     if missing:
-        raise UserError(f"{file}: missing column(s) {', '.join(missing)}; BirdCLEF's train_metadata.csv has them")
+        hint = "its cells must be separated by commas, not semicolons" if ";" in raw.columns[0] else "BirdCLEF's train_metadata.csv has them"
+        raise UserError(f"{file}: missing column(s) {', '.join(missing)}; {hint}")
     if raw.empty:
         raise UserError(f"{file}: no recordings")
 
@@ -102,6 +103,7 @@ def _check(raw: pd.DataFrame, *, file: Path, audio: Path, unlabelled_allowed: bo
     raw = raw.assign(primary_label=raw.primary_label.str.strip())
     labelled = raw.primary_label != ""
     refuse(~labelled & (not unlabelled_allowed), "no primary_label", "name the species or delete the row")
+    refuse(raw.filename.str.strip() == "", "no filename", "is the table cut off?")
     refuse(raw.filename.duplicated(), "filename {filename} stands there twice", "delete one of the rows")
     refuse(~raw.filename.map(_stays_inside), "filename {filename} leaves the data folder",
            "use a path below train_audio, without .. and without a leading /")
@@ -141,7 +143,7 @@ def recording_id(name: str) -> str:
 
 def _stays_inside(name: str) -> bool:
     path = PurePosixPath(name.replace("\\", "/"))
-    return bool(name) and "\0" not in name and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
+    return bool(path.parts) and "\0" not in name and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
 
 
 def _links_out(audio: Path, name: str, root: str) -> bool:
@@ -158,7 +160,7 @@ def parse_list(text: str) -> tuple[str, ...] | None:
         return ()
     try:
         values = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return None
     return tuple(str(value).strip() for value in values) if isinstance(values, (list, tuple)) else None
 

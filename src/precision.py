@@ -18,6 +18,7 @@ from .console import UserError, progress, say, stage, usable_cores
 from .dataset import HeldOutWindows, to_log_mel
 from .engines import MACRO_AP_BOUND, Engine
 from .evaluate import open_cache, out_of_fold, truth_of
+from .folds import read_folds
 from .onnx_models import OnnxModel, find_models, load_model
 from .settings import parse
 from .storage import atomic_folder, write_json
@@ -106,11 +107,13 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [model.path for model in models if int(model.path.parent.name[4:]) not in folds]
     if unknown:
         raise UserError(f"{unknown[0]} stands without its weights, so what it held out is not known; copy the whole fold here or move the model away")
+    table = Path(config["settings"]["folds"])
+    left_out = {name for name, fold in (read_folds(table) if table.exists() else {}).items() if fold == -2}
     for model in models:
         fold = model.path.parent.name
         held_out = folds[int(fold[4:])].filename
         if engine.precision == "int8":
-            trained = metadata.table.filename[~metadata.table.filename.isin(held_out) & metadata.table.filename.isin(cache.names)].tolist()
+            trained = metadata.table.filename[~metadata.table.filename.isin({*held_out, *left_out}) & metadata.table.filename.isin(cache.names)].tolist()
             chosen = trained[:: max(1, len(trained) // settings.calibration_windows)][: settings.calibration_windows]
             quantise(model.path, windows_of(chosen, cache, only_first=True)[0], cache)
         windows, places = windows_of(held_out.tolist(), cache)

@@ -33,6 +33,9 @@ def write(root: Path, rows: list[dict], **files: str) -> Path:
     ({"primary_label": ""}, "row 3: no primary_label"),
     ({"secondary_labels": "['b'"}, "row 3: secondary_labels .* is not a list"),
     ({"primary_label": " "}, "row 3: no primary_label"),
+    ({"filename": "./"}, "leaves the data folder"),
+    ({"filename": ""}, "row 3: no filename; is the table cut off"),
+    ({"secondary_labels": "{[1]}"}, "is not a list"),
 ])
 def test_bad_rows_are_refused_with_row_and_remedy(tmp_path, row, message):
     with pytest.raises(UserError, match=message):
@@ -44,6 +47,9 @@ def test_missing_column_file_and_unknown_species_are_refused(tmp_path):
         read_metadata([tmp_path])
     (tmp_path / "train_metadata.csv").write_text("primary_label,filename\na,x.ogg\n")
     with pytest.raises(UserError, match="secondary_labels, author"):
+        read_metadata([tmp_path])
+    (tmp_path / "train_metadata.csv").write_text("primary_label;secondary_labels;author;filename\na;[];x;x.ogg\n")
+    with pytest.raises(UserError, match="not semicolons"):
         read_metadata([tmp_path])
     write(tmp_path, [{}], eBird_Taxonomy_v2021="SPECIES_CODE\nb\n")
     with pytest.raises(UserError, match="species a is not in eBird_Taxonomy_v2021.csv"):

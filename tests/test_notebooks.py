@@ -108,6 +108,12 @@ def test_the_tour_of_the_data_draws_and_plays(tmp_path, data):
     assert {path.stem for path in (tmp_path / "shown").glob("*.png")} == {"classes", "durations", "authors", "places", "folds.audit", "examples"}
 
 
+def test_the_audit_is_of_the_data_s_own_folds(tmp_path, data, fold_table):
+    assert fold_table == data / "folds.csv"
+    text, picture = explore.audit(data, tmp_path, n_folds=7)
+    assert "in 3 folds; the table holds the strategy **established**" in text and picture.parent == tmp_path and picture.exists()
+
+
 def test_what_the_table_does_not_say_is_left_out_of_its_pictures(tmp_path, data):
     raw = pd.read_csv(data / "train_metadata.csv", dtype=str).assign(author="", latitude="", longitude="")
     raw.loc[:1, ["latitude", "longitude"]] = [["-1.5", "36.8"], ["", "nowhere"]]

@@ -25,8 +25,6 @@ BLOCK_FRAMES = 125  # spectrogram frames computed at once: their arrays stay in 
 BLOCK_SECONDS = 2.0  # decoded at once: stays in the cache too
 MAX_RATE = 2_000_000  # Hz; recorders of bats reach 500,000
 MIN_BYTES_PER_SECOND = 8  # a header that claims more audio than this per byte of file is damaged
-
-
 MISSING, CANNOT_OPEN = "missing file", "cannot be opened"  # no damage: another try may succeed
 
 

@@ -22,7 +22,7 @@ from .config import AudioConfig, differences
 from .console import UserError, begin_worker, progress, resumable, say, usable_cores
 from .metadata import read_csv, read_metadata
 from .settings import parse
-from .storage import owned, safe_cell, sha256, sync_folder, write_json, write_table, write_text
+from .storage import journal_line, owned, read_journal, safe_cell, sha256, sync_folder, write_json, write_table, write_text
 
 DATA, INDEX, HEADER, DAMAGED, JOURNAL = "log_mels.u8", "index.csv", "cache.json", "damaged.csv", "journal.partial"
 FORMAT = 2
@@ -205,8 +205,7 @@ def _refuse_newcomers(table: pd.DataFrame, cache: Cache) -> None:
 def _resume(out: Path, plan: dict, partial: Path) -> list[dict]:
     """The journal's entries whose data are whole; cuts the data file and the journal behind the last of them."""
     journal = out / JOURNAL
-    lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []  # drops a torn last line
-    parsed = list(itertools.takewhile(bool, map(_entry, lines)))
+    parsed = list(itertools.takewhile(bool, read_journal(journal)))
     if parsed and not partial.exists() and (out / DATA).exists():  # it ended between the data's last name and the header
         os.replace(out / DATA, partial)
     if parsed and partial.exists():
@@ -221,20 +220,8 @@ def _resume(out: Path, plan: dict, partial: Path) -> list[dict]:
                 break
             entries.append(entry)
         data.truncate(sum(entry["frames"] for entry in entries) * n_mels)
-    write_text(journal, "".join(map(_line, [plan, *entries])))
+    write_text(journal, "".join(map(journal_line, [plan, *entries])))
     return entries
-
-
-def _line(entry: dict) -> str:
-    """A line of the journal: its CRC-32, and the entry."""
-    text = json.dumps(entry)
-    return f"{zlib.crc32(text.encode()):08x} {text}\n"
-
-
-def _entry(line: bytes) -> dict:
-    """What `_line` wrote; an empty entry where it is damaged."""
-    crc, _, text = line.partition(b" ")
-    return json.loads(text) if crc == b"%08x" % zlib.crc32(text) else {}
 
 
 def _grow(table: pd.DataFrame, out: Path, partial: Path, entries: list[dict], config: AudioConfig, workers: int) -> None:
@@ -247,7 +234,7 @@ def _grow(table: pd.DataFrame, out: Path, partial: Path, entries: list[dict], co
                      "above": above, "below": below}
             data.write(log_mel)
             data.flush()
-            journal.write(_line(entry))
+            journal.write(journal_line(entry))
             journal.flush()
             entries.append(entry)
         os.fsync(data.fileno())

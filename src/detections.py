@@ -20,7 +20,7 @@ from .config import AudioConfig, differences
 from .console import UserError, say
 from .metadata import read_csv
 from .soundscapes import Overview, Soundscape, beside
-from .storage import atomic, owned, safe_cell, write_text
+from .storage import atomic, journal_line, owned, read_journal, safe_cell, write_text
 from .submission import ROW_SECONDS
 
 SUFFIXES = {"raven": ".raven.txt", "audacity": ".audacity.txt", "csv": ".detections.csv"}
@@ -180,7 +180,7 @@ class DetectionTables:
 
     def _read_journal(self) -> dict[str, dict]:
         """The recordings that are done; a line that is damaged, the torn last one for instance, costs its own recording alone."""
-        recipe, *records = map(_record, self._journal_lines() or [""])
+        recipe, *records = read_journal(self.folder / JOURNAL) or [{}]
         if not recipe:
             return {}
         entries = {record["file"]: record for record in records if record.keys() >= ENTRY}
@@ -189,10 +189,6 @@ class DetectionTables:
             raise UserError(f"{self.folder} holds detections of other settings ({'; '.join(changed[:5])}{'; ...' if len(changed) > 5 else ''}); "
                             "name another --tables, or begin anew with --restart")
         return entries
-
-    def _journal_lines(self) -> list[str]:
-        journal = self.folder / JOURNAL
-        return journal.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if journal.exists() else []
 
     def to_do(self, soundscapes: Sequence[Soundscape], *, again: bool = False) -> list[Soundscape]:
         """The soundscapes whose tables are not there yet, or whose recording has changed; all, if they are done `again`."""
@@ -205,12 +201,12 @@ class DetectionTables:
             if soundscape.name in kept:
                 soundscape.seconds_decoded, soundscape.fault = kept[soundscape.name]["seconds_decoded"], kept[soundscape.name]["fault"]
         self.entries = {entry["file"]: entry for entry in kept.values()}
-        write_text(self.folder / JOURNAL, "".join(json.dumps(line) + "\n" for line in [self.recipe, *self.entries.values()]))
+        write_text(self.folder / JOURNAL, "".join(map(journal_line, [self.recipe, *self.entries.values()])))
         return [s for s in soundscapes if s.name not in kept]
 
     def _clear(self) -> None:
         """Deletes the tables that the folder's journal names: other settings' tables are not left among the new ones."""
-        recipe, *records = map(_record, self._journal_lines() or [""])
+        recipe, *records = read_journal(self.folder / JOURNAL) or [{}]
         names = [PurePosixPath(record["file"]).with_suffix("") for record in records if record.keys() >= ENTRY]
         for path in [self.folder / f"{name}{SUFFIXES[kind]}" for name in names for kind in recipe.get("formats", ()) if not {"..", "/"} & {*name.parts}]:
             path.unlink(missing_ok=True)
@@ -240,7 +236,7 @@ class DetectionTables:
             self._draw(outputs["picture"], soundscape, np.where(known[:, None], probability, 0.0))
         entry = {"file": file, **_state(soundscape.path), "seconds_decoded": soundscape.seconds_decoded, "fault": soundscape.fault}
         with open(self.folder / JOURNAL, "a", encoding="utf-8") as journal:
-            journal.write(json.dumps(entry) + "\n")
+            journal.write(journal_line(entry))
         self.entries[file] = entry
 
     def _draw(self, path: Path, soundscape: Soundscape, probability: np.ndarray) -> None:
@@ -268,15 +264,6 @@ def require_names_that_fit(paths: Sequence[Path]) -> None:
     for path in paths:
         if len(os.fsencode(f"{path.name}.partial")) > LONGEST_NAME:
             raise UserError(f"{path.name}: the name is too long for a file; give the recording a shorter one")
-
-
-def _record(line: str) -> dict:
-    """A journal's line; an empty one where it is damaged."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}
 
 
 def _state(path: Path) -> dict[str, int]:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,19 @@ def write_table(path: Path | str, table: pd.DataFrame, float_format: str | None 
     """A CSV without the index, its lines ended alike on every system."""
     with atomic(path) as partial:
         table.to_csv(partial, index=False, float_format=float_format, lineterminator="\n")
+
+
+def journal_line(record: dict) -> str:
+    """A line of a journal: its CRC-32, and the record."""
+    text = json.dumps(record)
+    return f"{zlib.crc32(text.encode()):08x} {text}\n"
+
+
+def read_journal(path: Path) -> list[dict]:
+    """What `journal_line` wrote there, an empty record for a damaged line, and nothing for a torn last one."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    parts = [line.partition(b" ") for line in lines]
+    return [json.loads(text) if crc == b"%08x" % zlib.crc32(text) else {} for crc, _, text in parts]
 
 
 def sha256(path: Path | str) -> str:

@@ -138,6 +138,10 @@ def soundscapes(data: Path) -> Path:
     return data / "test_soundscapes"
 
 
+def raise_(error: BaseException) -> None:
+    raise error
+
+
 def files_of(folder: Path | None) -> dict[Path, tuple[int, int]]:
     """Each file's size and time of change."""
     return {} if folder is None else {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}

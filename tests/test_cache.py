@@ -15,7 +15,7 @@ from src import audio, cache
 from src.cache import Cache
 from src.console import UserError
 from src.metadata import read_metadata
-from tests.conftest import make_data
+from tests.conftest import make_data, raise_
 
 
 def bytes_of(folder):
@@ -175,10 +175,6 @@ def test_the_data_s_own_recipe_is_there_before_flags_are_judged(tmp_path, data, 
     for recipe, message in ((b"yes: 1\n", "unknown setting(s) True"), (b"workers: 3 # l\xe4rm\n", "not a readable YAML file"), (b'out: ""\n', "is empty")):
         (tmp_path / "own.yaml").write_bytes(recipe)
         assert cache.main([f"--data={tmp_path}", "--config", str(tmp_path / "own.yaml")]) == 1 and message in capsys.readouterr().err
-
-
-def raise_(error: BaseException) -> None:
-    raise error
 
 
 def test_a_second_process_is_refused(tmp_path, data):

@@ -1,7 +1,6 @@
 """Tables for people, read back with pandas and by the formats' own rules."""
 
 import csv
-import json
 import os
 import shutil
 import subprocess
@@ -18,7 +17,8 @@ from hypothesis import strategies as st
 from src import audio, detections, infer
 from src.audio import CANNOT_OPEN, DamagedAudio
 from src.detections import Detection
-from tests.conftest import make_soundscape, waveform
+from src.storage import read_journal
+from tests.conftest import make_soundscape, raise_, waveform
 
 RAVEN = ["Selection", "View", "Channel", "Begin File", "Begin Time (s)", "End Time (s)", "Low Freq (Hz)", "High Freq (Hz)", "Common Name", "Score"]
 
@@ -159,7 +159,7 @@ def test_an_interrupted_folder_is_continued_with_the_same_bytes(tmp_path, run, f
     assert infer.main([*command, "--soundscapes", str(field / "season/day 1")]) == 1 and "day 1" in capsys.readouterr().err
     assert infer.main(command) == 0 and "5 of 6 recordings are done" in capsys.readouterr().out and sorted(files(out / "tables")) == sorted(expected)
     assert infer.main([*command, "--hop-seconds", "2.5", "--restart", "--format", "raven"]) == 0
-    assert json.loads(journal.read_text().splitlines()[0])["hop_seconds"] == 2.5
+    assert read_journal(journal)[0]["hop_seconds"] == 2.5
     assert not list((out / "tables").rglob("*detections.csv")), "other settings' tables are gone"
 
 
@@ -187,10 +187,6 @@ def test_what_could_not_be_opened_is_tried_again(tmp_path, run, monkeypatch, cap
         assert infer.main(flags) == 0 and "cannot be opened: Permission denied" in (tmp_path / "t/failures.csv").read_text()
     assert infer.main(flags) == 0 and not (tmp_path / "t/failures.csv").exists()
     assert infer.main(flags) == 0 and "1 of 1 recordings are done" in capsys.readouterr().out
-
-
-def raise_(error: Exception) -> None:
-    raise error
 
 
 def test_a_table_that_cannot_be_written_costs_no_scored_row(tmp_path, run, capsys, monkeypatch):

@@ -20,6 +20,8 @@ from benchmarks.logistic_baseline import out_of_fold as baseline
 from benchmarks.machine import about
 from src import evaluate, metrics
 from src.console import UserError, resumable, say
+from src.folds import read_folds
+from src.folds_audit import recordist_in_training
 from src.run_config import read_config
 from src.settings import parse
 from src.storage import write_text
@@ -53,10 +55,9 @@ def paired_gain(target: np.ndarray, ours: np.ndarray, theirs: np.ndarray, resamp
     return {name: metrics.estimate(v, -1) for name, v in gain.items()}
 
 
-def by_recordist(table: pd.DataFrame, fold: np.ndarray, hits: dict[str, np.ndarray], resamples: int) -> list[str]:
-    """Top-1 by what training knew of the recordist; `hits` (n,) of each model. A model may know a recordist's microphone and place."""
+def by_recordist(table: pd.DataFrame, in_training: np.ndarray, hits: dict[str, np.ndarray], resamples: int) -> list[str]:
+    """Top-1 by what training knew of the recordist: `in_training` (n,), `hits` (n,) of each model. A model may know a recordist's microphone and place."""
     author, known = table.author.to_numpy(), (table.author != "").to_numpy()
-    in_training = table.assign(fold=fold).groupby("author").fold.transform("nunique").to_numpy() > 1
     frequent = table.author[known].value_counts()
     frequent = frequent[frequent >= FREQUENT]
     groups = {"the recordist is known and also in training": known & in_training,
@@ -76,12 +77,12 @@ def main(argv: list[str] | None = None) -> None:
     settings = parse(ChainSettings, argv, prog="python -m benchmarks.real_birds", description=__doc__)
     name = settings.run.name
     folds, cache = settings.run / "folds.csv", Path("input/cache") / name
-    table = ["--metadata", settings.metadata] if settings.metadata else []
-    call("src.folds", "--data", settings.data, *table, "--out", folds)
-    call("src.cache", "--data", settings.data, *table, "--out", cache)
-    call("src.train", "--config", settings.recipe, "--data", settings.data, *table, "--folds", folds, "--cache", cache, "--run", settings.run,
+    flags = ["--metadata", settings.metadata] if settings.metadata else []
+    call("src.folds", "--data", settings.data, *flags, "--out", folds)
+    call("src.cache", "--data", settings.data, *flags, "--out", cache)
+    call("src.train", "--config", settings.recipe, "--data", settings.data, *flags, "--folds", folds, "--cache", cache, "--run", settings.run,
          "--fold", "all", *(["--noise", settings.noise] if settings.noise else []))
-    call("src.evaluate", "--run", settings.run, "--data", settings.data, *table)
+    call("src.evaluate", "--run", settings.run, "--data", settings.data, *flags)
     by_fold, metadata, config = evaluate.out_of_fold(settings.run, (settings.data,), settings.metadata)
     pooled = pd.concat(by_fold.values(), ignore_index=True)
     target = evaluate.truth_of(pooled.filename, metadata, config)
@@ -97,7 +98,9 @@ def main(argv: list[str] | None = None) -> None:
              "C = 1, same folds. Intervals: 95 % bootstraps over recordings; the gain's is paired.", "",
              f"| | {config['settings']['model']} | logistic regression | gain |", "|---|---|---|---|"]
     lines += [f"| {title} | {ours_scores[key]} | {their_scores[key]} | {gain.get(key, '')} |" for key, title in evaluate.NAMES.items()]
-    lines += by_recordist(metadata.table.set_index("filename").loc[pooled.filename], np.repeat(list(by_fold), [len(t) for t in by_fold.values()]),
+    table = metadata.table.set_index("filename")
+    in_training = pd.Series(recordist_in_training(table.author, table.index.map(read_folds(folds)).to_numpy()), table.index)
+    lines += by_recordist(table.loc[pooled.filename], in_training[pooled.filename].to_numpy(),
                           {config["settings"]["model"]: metrics.top1(target, ours), "logistic regression": metrics.top1(target, theirs)},
                           settings.resamples)
     call("src.export", "--run", settings.run)

@@ -19,8 +19,8 @@ def _facts(table: pd.DataFrame, folds: np.ndarray, n_folds: int) -> dict[str, st
     held_out = folds >= 0
     authors = pd.DataFrame({"author": table.author, "fold": folds})[table.author != ""]
     scored = authors[authors.fold >= 0]
-    shared = _in_training(scored, authors, n_folds)
-    shared_by_folds = _in_training(scored, scored, n_folds)  # leaving aside what is always in training
+    shared, shared_by_folds = (recordist_in_training(known.author, known.fold).sum() / max(1, len(scored))
+                               for known in (authors, scored))  # the second leaves aside what is always in training
     known = f" of the {len(scored)} whose recordist is known" if len(scored) < held_out.sum() else ""
     apart = scored.groupby("author").fold.nunique() > 1
     split_copies = pd.Series(folds).groupby(table.copy_group.to_numpy()).nunique() > 1
@@ -41,10 +41,11 @@ def _facts(table: pd.DataFrame, folds: np.ndarray, n_folds: int) -> dict[str, st
     }
 
 
-def _in_training(scored: pd.DataFrame, training: pd.DataFrame, n_folds: int) -> float:
-    """Share of the scored recordings whose recordist has a recording in training for their fold."""
-    recordists = {fold: set(training.author[training.fold != fold]) for fold in range(n_folds)}
-    return sum(author in recordists[fold] for author, fold in zip(scored.author, scored.fold)) / max(1, len(scored))
+def recordist_in_training(author: pd.Series, fold: np.ndarray) -> np.ndarray:
+    """(n,) for a held-out recording of a known recordist: whether another of theirs is in training for its fold (-2 never is)."""
+    table = pd.DataFrame({"author": author.to_numpy(), "fold": fold, "used": fold != -2})
+    theirs, in_the_fold = table.groupby("author").used.transform("sum"), table.groupby(["author", "fold"]).used.transform("sum")
+    return ((table.author != "") & (table.fold >= 0) & (theirs > in_the_fold)).to_numpy()
 
 
 def _per_species(table: pd.DataFrame, folds: np.ndarray, n_folds: int) -> pd.DataFrame:

@@ -10,6 +10,7 @@ from src import folds, metadata
 from src.console import UserError
 from src.demo_data import write_audio
 from src.folds import assign_folds, read_folds
+from src.folds_audit import recordist_in_training
 from src.metadata import read_metadata, targets, with_durations
 from src.train import located
 from src.train_settings import TrainSettings
@@ -199,6 +200,15 @@ def test_folds_and_cache_are_named_after_the_data(tmp_path, monkeypatch):
     assert settings.folds == Path("folds/birds.csv") and settings.folds.exists() and settings.cache == Path("input/cache/birds")
     (data / "folds.csv").write_text("filename,fold\n")
     assert located(TrainSettings(data=(data,))).folds == data / "folds.csv"
+
+
+def test_recordists_in_training_are_counted_as_by_hand():
+    table, rng = made_table(), np.random.default_rng(3)
+    fold = rng.integers(-2, 5, len(table))
+    table["author"] = rng.choice([f"p{k}" for k in range(150)] + [""], len(table))
+    expected = [author != "" and f >= 0 and any(other == author and g not in (f, -2) for other, g in zip(table.author, fold))
+                for author, f in zip(table.author, fold)]
+    assert recordist_in_training(table.author, fold).tolist() == expected and 0 < sum(expected) < (fold >= 0).sum()
 
 
 def make_made(root: Path, rows: list[dict]) -> Path:

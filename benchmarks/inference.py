@@ -2,7 +2,8 @@
 
     python -m benchmarks.inference [--models asca_nano asca_nano:relu asca_0x5 ...] [--engines onnxruntime:f32 openvino:bf16] [--full]
 
-Made audio (one 10-minute Ogg Vorbis, linked) and fresh weights: neither changes the time. A model is <name>[:<activation>][x<folds>].
+Made audio (one 10-minute Ogg Vorbis, linked) and fresh weights: neither changes the time. A model is <name>[:<activation>][x<folds>], or the
+folder of a trained run, whose bfloat16 src.precision must have accepted first.
 Writes benchmarks/results/inference.md and inference.png.
 """
 
@@ -32,12 +33,12 @@ from src.config import AudioConfig
 from src.console import UserError, progress, say, stage, usable_cores
 from src.demo_data import RATE, noise
 from src.engines import Engine
-from src.export import write_onnx
+from src.export import load_model, write_onnx
 from src.models import create_model
 from src.models.asca import ACTIVATIONS
 from src.network_cost import count_gmacs, made_log_mel, settle
 from src.settings import parse
-from src.storage import sha256, write_json, write_text
+from src.storage import fold_folders, sha256, write_json, write_text
 from src.train_settings import TrainSettings
 
 WINDOWS, FILE_WINDOWS, N_CLASSES, GEMM_SIDE = 24_000, 120, 264, 1536
@@ -97,6 +98,13 @@ def make_run(folder: Path, spec: str) -> float:
     return n_folds * count_gmacs(model, log_mel[:1])
 
 
+def gmacs_of(run: Path) -> float:
+    """GMACs a window of all folds of a trained run."""
+    folders = fold_folders(run, "weights.safetensors")
+    model, config = load_model(folders[0])
+    return len(folders) * count_gmacs(model, made_log_mel(1, AudioConfig.from_dict(config["audio"])))
+
+
 def have_openvino() -> bool:
     try:
         return bool(engines.choose("openvino", "f32"))
@@ -140,7 +148,8 @@ sys.exit(code)
 
 
 def infer(run: Path, sounds: Path, engine: Engine, threads: int) -> Run:
-    command = [sys.executable, "-c", CHILD, str(run / "peak"), "--run", str(run), "--soundscapes", str(sounds), "--out", str(run / "submission.csv"),
+    root = sounds.parent
+    command = [sys.executable, "-c", CHILD, str(root / "peak"), "--run", str(run), "--soundscapes", str(sounds), "--out", str(root / "submission.csv"),
                "--engine", engine.name, "--precision", engine.precision, "--threads", str(threads)]
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -148,7 +157,7 @@ def infer(run: Path, sounds: Path, engine: Engine, threads: int) -> Run:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise UserError(f"src.infer {' '.join(command[4:])} failed")
-    return Run(time.perf_counter() - began, usage.ru_utime + usage.ru_stime, int((run / "peak").read_text()) / 2**30)
+    return Run(time.perf_counter() - began, usage.ru_utime + usage.ru_stime, int((root / "peak").read_text()) / 2**30)
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
@@ -193,8 +202,15 @@ def gemm_gmacs(threads: int) -> float:
     return n**3 / 1e9 / cpu_seconds(lambda: session.run(None, matrices))
 
 
+def run_of(root: Path, spec: str) -> Path:
+    """The folder that a model names, or the one that is made for it."""
+    return Path(spec) if Path(spec).is_dir() else root / spec.replace(":", "-")
+
+
 def spelt(spec: str) -> str:
     """asca_nano:relux5 -> asca_nano, relu, 5 folds"""
+    if Path(spec).is_dir():
+        return spec
     name, folds = re.fullmatch(r"(.+?)(?:x(\d+))?", spec).groups()
     return ", ".join(name.split(":") + ([f"{folds} folds"] if folds else []))
 
@@ -228,8 +244,8 @@ def measure(root: Path, settings: InferenceSettings, threads: int, chosen: list[
     decode, log_mel = front_end(sounds / "0.ogg")
     scale, rows, peaks = WINDOWS / (n_files * FILE_WINDOWS), [], [gemm_gmacs(threads)]
     for spec in progress(settings.models, what="models", unit="model"):
-        run = root / spec.replace(":", "-")
-        gmacs = make_run(run, spec)
+        run = run_of(root, spec)
+        gmacs = gmacs_of(run) if run == Path(spec) else make_run(run, spec)
         for engine in chosen:
             begin, whole = infer(run, empty, engine, threads), infer(run, sounds, engine, threads)
             peaks.append(gemm_gmacs(threads))
@@ -245,7 +261,7 @@ def measure(root: Path, settings: InferenceSettings, threads: int, chosen: list[
     if hours:
         (root / "long").mkdir()
         write_file(root / "long" / "long.ogg", hours * 3600)
-        long = infer(root / settings.models[0].replace(":", "-"), root / "long", chosen[0], threads)
+        long = infer(run_of(root, settings.models[0]), root / "long", chosen[0], threads)
         notes.append(f"One file of {hours:g} hours, {settings.models[0]}, {chosen[0].name}: peak memory {long.peak:.2f} GiB; {n_files} files of 10 minutes "
                      f"with the same: {rows[0]['peak']:.2f} GiB.")
     return rows, notes

@@ -149,13 +149,14 @@ def write_report(table: Table, budget: Budget, names: Sequence[str], results: Re
     draw(folder / f"{stem}.png", table, parts, f"{table.title}\n{in_words(budget)}")
     bases = sorted({row.against for row in table.rows})
     base = bases[0] if len(bases) == 1 else "the one that it is compared with"
+    ascas = {model for row in table.rows if (model := row.settings().model).startswith("asca_")}
     lines = [f"# {table.title} ({in_words(budget)})", "", f"`{command(table, budget, names, noisy)}`. {setting(parts, budget, speeds)}", "", table.note, "",
              "Top-1 and macro AP of the held-out recordings (a recording's probability is the mean over its windows): the mean over folds and seeds, and where "
              "no seed lacks a fold and there are three folds or more, the 95 % interval of Student's t over the folds, each the mean of its seeds. Folds "
              "share training recordings, so these intervals are rather too narrow. Over recordings: top-1 again, its 95 % interval a bootstrap over the "
              "held-out recordings of all folds, which leaves out what another training would change. "
-             f"Difference: the row minus {base}, paired by fold and seed. Padded cmAP, LRAP and ROC-AUC are in [{stem}.csv]({stem}.csv). "
-             f"ASCA is `{budget.models[-1]}`."]
+             f"Difference: the row minus {base}, paired by fold and seed. Padded cmAP, LRAP and ROC-AUC are in [{stem}.csv]({stem}.csv)."
+             + (f" ASCA is `{ascas.pop()}`." if len(ascas) == 1 else "")]
     if table.paper:
         lines += ["", "The paper's figures (its table of the same number, mAP) are for other data, sizes and a test set of its own: they show its ranking, "
                   "not what these runs should reach."]

@@ -30,18 +30,19 @@ from .metadata import read_metadata
 from .models import create_model
 from .network_cost import cpu_windows_per_second
 from .paper_tables import BUDGETS, PAPER, Budget, Row, Table
-from .recipe_table import recipe_table
+from .recipe_table import recipe_table, sizes_table
 from .settings import parse
 from .storage import owned, write_table
 
-TABLES = {**PAPER, "recipe": recipe_table}
+TABLES = {**PAPER, "recipe": recipe_table, "sizes": sizes_table}
 N_CLASSES = 264  # of the networks whose speed is measured: BirdCLEF 2023's
 
 
 @dataclass(frozen=True)
 class ExperimentSettings:
-    tables: tyro.conf.Positional[tuple[Literal["table1", "table2", "figure2", "figure3", "section42", "recipe", "all"], ...]] = ()
-    """Which of the paper's tables and figures; all: all of these; recipe: what each step of the default recipe is worth."""
+    tables: tyro.conf.Positional[tuple[Literal["table1", "table2", "figure2", "figure3", "section42", "recipe", "sizes", "all"], ...]] = ()
+    """Which of the paper's tables and figures; all: all of these.
+    recipe: what each step of the default recipe is worth; sizes: that recipe by the size of ASCA (with --epochs 120)."""
     data: tuple[Path, ...] = ()
     """Data sets in BirdCLEF's layout. Their folds are <data>/folds.csv, else made once by src.folds; so are their caches by src.cache."""
     noise: tuple[str, ...] = ()

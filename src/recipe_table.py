@@ -1,10 +1,11 @@
-"""What each step of the recipe is worth: one change at a time over half the default's epochs, the default, and the recipes that it grew from."""
+"""What each step of the recipe is worth: one change at a time over half the default's epochs, the default, and the recipes that it grew from.
+And the default recipe by the size of ASCA."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .paper_tables import PAPER_YAML, Budget, Row, Table
+from .paper_tables import PAPER_YAML, Budget, Row, Table, sized
 from .train_settings import TrainSettings
 
 # Every setting that a step changes is spelt out, so that the rows stay what they are when a default changes.
@@ -31,6 +32,9 @@ DEFAULT_CHANGES = {
 }
 
 
+SIZES = ("asca_test", "asca_nano", "asca_0")
+
+
 def recipe_table(budget: Budget, data: Sequence[str]) -> Table:
     size, half, whole = ("--model", budget.models[-1], "--input-side", str(budget.side)), f"{budget.epochs} epochs", f"{2 * budget.epochs} epochs"
     if 2 * budget.epochs == TrainSettings().epochs:
@@ -49,3 +53,9 @@ def recipe_table(budget: Budget, data: Sequence[str]) -> Table:
                  "the first row's epochs. "
                  f"All steps, from which the default was sought: `{ALL}`. (Where a flag stands twice, the last one counts.) "
                  "Without background noise but where a row says so.")
+
+
+def sizes_table(budget: Budget, data: Sequence[str]) -> Table:
+    """The default recipe takes --epochs 120."""
+    rows = tuple(Row(model, (*sized(model, budget), *DEFAULT.split()), SIZES[0]) for model in SIZES)
+    return Table("sizes", "The default recipe by the size of ASCA", rows, f"All with the default's settings: `{DEFAULT}`.")

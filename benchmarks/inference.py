@@ -105,6 +105,15 @@ def gmacs_of(run: Path) -> float:
     return len(folders) * count_gmacs(model, made_log_mel(1, AudioConfig.from_dict(config["audio"])))
 
 
+def accuracy_of(run: Path, engine: Engine) -> str:
+    """What src.precision found of a trained run's folds."""
+    verdicts = [json.loads(engines.verdict_path(folder / "model.onnx", engine).read_text(encoding="utf-8")) for folder in fold_folders(run, "model.onnx")]
+    changes = ", ".join(f"{one['macro_ap_f32']:.4f} -> {one['macro_ap']:.4f}" for one in verdicts)
+    kept = "kept" if all(one["accepted"] for one in verdicts) else "NOT KEPT"
+    return (f"{run}, {engine}: out-of-fold macro AP by fold {changes} (bound {engines.MACRO_AP_BOUND}, {kept}); "
+            f"probabilities change by {max(one['largest_change'] for one in verdicts):.1e} at most.")
+
+
 def have_openvino() -> bool:
     try:
         return bool(engines.choose("openvino", "f32"))
@@ -257,6 +266,7 @@ def measure(root: Path, settings: InferenceSettings, threads: int, chosen: list[
             say(f"{spec}, {engine}: {rows[-1]['minutes']:.1f} min, {sum(parts.values()):.1f} CPU min / threads, {whole.peak:.2f} GiB")
     notes = [f"The front-end: decode {decode * 1e3:.2f}, log-mel {log_mel * 1e3:.2f} ms of CPU time a window. The fp32 peak is "
              f"onnxruntime's product of {GEMM_SIDE} x {GEMM_SIDE} matrices on the same threads, the better of two: before and after each row's run."]
+    notes += [accuracy_of(run_of(root, spec), engine) for spec in settings.models if run_of(root, spec) == Path(spec) for engine in chosen if engine.lossy]
     hours = settings.hours or (10.0 if settings.full else 0.0)
     if hours:
         (root / "long").mkdir()
@@ -271,12 +281,12 @@ def measure(root: Path, settings: InferenceSettings, threads: int, chosen: list[
 def main(argv: list[str] | None = None) -> None:
     settings = parse(InferenceSettings, argv, prog="python -m benchmarks.inference", description=__doc__)
     threads, chosen = settings.threads or usable_cores(), usable_engines(settings.engines)
-    load = os.getloadavg()[0]
+    load, limited = os.getloadavg()[0], f" on {usable_cores()} of the cores" if usable_cores() < (os.cpu_count() or 1) else ""
     say(f"{', '.join(settings.models)}; {', '.join(map(str, chosen))}; {threads} thread(s)")
     with tempfile.TemporaryDirectory() as folder:
         rows, notes = measure(Path(folder), settings, threads, chosen)
     lines = ["# Inference speed", "", about("python -m benchmarks.inference " + " ".join(sys.argv[1:] if argv is None else argv)), "",
-             f"{threads} threads; load average {load:.1f} at the start. {', '.join(map(str, chosen))}; batch 1 a thread. "
+             f"{threads} threads{limited}; load average {load:.1f} at the start. {', '.join(map(str, chosen))}; batch 1 a thread. "
              + ("All 24,000 windows (200 files of 10 minutes) measured." if settings.full else
                 f"{max(1, settings.windows // FILE_WINDOWS) * FILE_WINDOWS} windows measured, scaled to 24,000 (200 files of 10 minutes)."), "", *notes, "",
              "| model | engine | minutes passed | CPU minutes / threads | start | decode | log-mel | model | GMAC a window "

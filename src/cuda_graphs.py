@@ -16,6 +16,7 @@ def replayed(network: nn.Module, log_mel: Tensor) -> bool:
     """
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     network.train()
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # recording works in a stream of its own; training does not
     try:
         torch.cuda.make_graphed_callables(network, (log_mel,))
     except RuntimeError as error:

@@ -94,7 +94,7 @@ class DataTable:
         """The same of this row's top-1 minus that of the one it is compared with, recording by recording, over the trainings that both have."""
         if row.against == row.name or row.against not in self.found:
             return UNKNOWN
-        both = self.found[row.name].join(self.found[row.against], suffixes=("", "_base"), how="inner")
+        both = self.found[row.name].merge(self.found[row.against], left_index=True, right_index=True, suffixes=("", "_base"))
         return bootstrap([unpacked(one.hits, one.held_out) - unpacked(one.hits_base, one.held_out) for one in both.itertuples()], both.index)
 
     def cost(self, row: Row) -> dict[str, float]:

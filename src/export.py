@@ -25,7 +25,7 @@ from .models import ModelSettings, create_model
 from .models.asca import AscaSettings, MBConv
 from .run_config import read_config
 from .settings import parse
-from .storage import atomic, fold_folders, sha256, write_text
+from .storage import atomic, fold_folders, owned_file, sha256, write_text
 
 LOGIT_BOUND, PROBABILITY_BOUND = 1e-4, 1e-5  # the first times max(1, the largest logit)
 OPSET = 20
@@ -113,16 +113,17 @@ def export_fold(folder: Path) -> None:
     audio = AudioConfig.from_dict(config["audio"])
     windows, _ = load_tensors(folder / "golden_windows.safetensors")
     log_mel = to_log_mel(windows["windows"], audio)
-    with atomic(out) as partial:
-        write_onnx(model, log_mel[:2] if len(log_mel) > 1 else log_mel.repeat(2, 1, 1, 1), partial)
-        graph = onnx.load(partial)
-        onnx.helper.set_model_props(graph, {
-            "audio": json.dumps(config["audio"]), "classes": json.dumps(config["classes"]), "prior": json.dumps(config["prior"]),
-            "model": config["settings"]["model"], "weights_sha256": digest})
-        forget_origin(graph.graph)
-        onnx.save(graph, partial)
-        logit, probability = assert_parity(model, partial, log_mel)
-    write_text(folder / "model.onnx.sha256", f"{sha256(out)}  model.onnx\n")
+    with owned_file(out):
+        with atomic(out) as partial:
+            write_onnx(model, log_mel[:2] if len(log_mel) > 1 else log_mel.repeat(2, 1, 1, 1), partial)
+            graph = onnx.load(partial)
+            onnx.helper.set_model_props(graph, {
+                "audio": json.dumps(config["audio"]), "classes": json.dumps(config["classes"]), "prior": json.dumps(config["prior"]),
+                "model": config["settings"]["model"], "weights_sha256": digest})
+            forget_origin(graph.graph)
+            onnx.save(graph, partial)
+            logit, probability = assert_parity(model, partial, log_mel)
+        write_text(folder / "model.onnx.sha256", f"{sha256(out)}  model.onnx\n")
     say(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB): within {logit:.1e} (logits) and {probability:.1e} (probabilities) "
         f"of torch on {len(log_mel)} held-out windows")
 

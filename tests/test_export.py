@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import onnxruntime
 
-from src import checkpoint, infer, onnx_models
-from src.storage import sha256
+from src import checkpoint, export, infer, onnx_models
+from src.storage import owned_file, sha256
 
 
 def test_a_changed_model_is_refused_and_a_missing_one_exported(tmp_path, run, soundscapes, capsys):
@@ -47,6 +47,13 @@ def test_a_model_is_opened_once_and_exported_again_for_other_weights(tmp_path, r
     checkpoint.save_tensors(fold / "weights.safetensors", tensors, {**facts, "another": "fact"})
     (again,) = onnx_models.find_models([tmp_path / "run"], threads=1)
     assert model.weights_sha256 != again.weights_sha256 == sha256(fold / "weights.safetensors")
+
+
+def test_a_second_export_of_a_fold_is_told_to_wait(tmp_path, run, capsys):
+    fold = Path(shutil.copytree(run / "fold0", tmp_path / "run/fold0", ignore=shutil.ignore_patterns("model.onnx*")))
+    with owned_file(fold / "model.onnx"):
+        assert export.main(["--run", str(tmp_path / "run")]) == 1
+    assert "model.onnx is in use by another process; wait for it" in capsys.readouterr().err and not list(fold.glob("model.onnx*"))
 
 
 def test_a_run_s_folds_stand_in_their_order(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from src.experiment_training import Workers
 from src.experiments import ExperimentSettings, Plan, open_data, train_all
 from src.metadata import read_metadata
 from src.paper_tables import BUDGETS, FULL, PAPER, SMALL, Row, read_flags
-from src.recipe_table import recipe_table
+from src.recipe_table import recipe_table, sizes_table
 from src.run_config import read_config
 from src.settings import flatten
 from src.train_settings import TrainSettings
@@ -212,6 +212,8 @@ def test_the_recipe_s_default_is_what_src_train_does():
     default = recipe_table(FULL, ["birds"]).rows[0]
     assert default.name == f"the default ({TrainSettings().epochs} epochs)"
     assert flatten(default.settings()) == flatten(TrainSettings()) | {"model": FULL.models[-1], "input_side": FULL.side}
+    for row in sizes_table(replace(FULL, epochs=TrainSettings().epochs), ["birds"]).rows:
+        assert flatten(row.settings()) == flatten(TrainSettings()) | {"model": row.name, "input_side": FULL.side}
 
 
 @pytest.mark.parametrize(("words", "message"), [

@@ -2,10 +2,11 @@
 
 From a file, whatever has the name and shape of one of the network's tensors is taken over. timm's names are ASCA's, and those of the
 rivals that timm builds; AST's and PSLA's trunks carry theirs behind a prefix. A first convolution over three colours is summed to one
-channel (as timm does), and a table of positions for a map of another size is resized (as AST's paper does). What depends on the number
-of classes stays fresh, and so does a numbered block of which less than half fits, since its rest belongs to another kind of block: an
-attention block of CoAtNet's S3 shares no more than its shortcut with ASCA's. timm's trained `coatnet_*_rw` differ from CoAtNet in ways
-that no name shows (an activation behind the first norm, SiLU, pooling before the convolution), so their weights are a start, no more.
+channel (as timm does), and a table of positions for a map of another size is resized (bicubic; AST's authors cut it or resize it
+bilinearly). What depends on the number of classes stays fresh, and so does a numbered block of which less than half fits, since its
+rest belongs to another kind of block: an attention block of CoAtNet's S3 shares no more than its shortcut with ASCA's. timm's trained
+`coatnet_*_rw` differ from CoAtNet in ways that no name shows (an activation behind the first norm, SiLU, pooling before the
+convolution), so their weights are a start, no more.
 
 From a run (pre-training on other classes) everything but the head is taken over, and it has to be the same network up to the head.
 """
@@ -52,7 +53,7 @@ def initialise(model: nn.Module, settings: TrainSettings, *, fold: int, classes:
     file, folder = weights_of(settings.init, fold)
     head, config = head_of(model, settings, len(classes), audio), read_config(folder) if folder else None
     if config:
-        require_same_network(folder, config, settings)
+        require_same_network(folder, config, settings, audio)
         require_unheard(folder, config, held_out)
         head = set() if config["classes"] == list(classes) else head
     tensors = load_tensors(file)[0] if folder else read_checkpoint(file)
@@ -111,12 +112,14 @@ def head_of(model: nn.Module, settings: TrainSettings, n_classes: int, audio: Au
     return {name for name, tensor in model.state_dict().items() if tensor.shape != other[name].shape}
 
 
-def require_same_network(folder: Path, config: dict, settings: TrainSettings) -> None:
-    keys = {"model"} | (set(AscaSettings.__dataclass_fields__) - {"head"} if settings.model.startswith("asca") else set())
+def require_same_network(folder: Path, config: dict, settings: TrainSettings, audio: AudioConfig) -> None:
+    keys = {"model", "input_norm"} | (set(AscaSettings.__dataclass_fields__) - {"head"} if settings.model.startswith("asca") else set())
     here, there = flatten(settings), config["settings"]
     changed = differences({key: there.get(key) for key in keys}, {key: here[key] for key in keys})
     if changed:
         raise UserError(f"{folder} holds another network ({'; '.join(changed)}); a training begins from a run of the same one")
+    if heard := differences(config["audio"], audio.to_dict()):
+        say(f"mind that {folder} was trained on other log-mels ({'; '.join(heard)})")
 
 
 def require_unheard(folder: Path, config: dict, held_out: Collection[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,15 +18,14 @@ FOCUS: dict[str, tuple[float, float, float]] = {
 
 def multi_label_loss(logits: Tensor, target: Tensor, weight: Tensor, loss: Loss = "bce") -> Tensor:
     """Mean over all (B, C) of weight x focus x cross-entropy; soft targets count in proportion. The focus
-    (1 - p of what is true)^gamma passes over what is learnt already; no gradient flows through it (as in timm)."""
+    (1 - p of what is true)^gamma passes over what is learnt already; gradient flows through it too (as in both papers and by timm's default)."""
     logits = logits.float()
     if loss == "bce":
         return F.binary_cross_entropy_with_logits(logits, target, weight=weight)
     present_gamma, absent_gamma, forgiven = FOCUS[loss]
     present = logits.sigmoid()
     absent = (1 - present + forgiven).clamp(max=1)
-    with torch.no_grad():
-        present_focus, absent_focus = (1 - present) ** present_gamma, (1 - absent) ** absent_gamma
+    present_focus, absent_focus = (1 - present) ** present_gamma, (1 - absent) ** absent_gamma
     log_absent = absent.clamp(min=1e-8).log() if forgiven else F.logsigmoid(-logits)  # whose gradient does not vanish where 1 - p is 0 in float32
     entropy = -(target * present_focus * F.logsigmoid(logits) + (1 - target) * absent_focus * log_absent)
     return (weight * entropy).mean()

@@ -132,7 +132,7 @@ def table1(budget: Budget, data: Sequence[str]) -> Table:
         "table1", "Table 1: models", (*rows, Row("ASCA, attention over time", recipe(asca, budget, "--head", "attention")),
                                      Row("ASCA (paper.yaml)", ("--config", PAPER_YAML, *sized(asca, paper)))),
         f"All but the last row under the default recipe (ASCA with {THEN}); `src/recipes/paper.yaml` is what the paper states, here for {paper.epochs} epochs. "
-        "PSLA is an EfficientNet like the baseline, with heads of attention over time; one row gives ASCA a head of that kind. "
+        "PSLA is an EfficientNet like the baseline, with heads of attention over time; one row gives ASCA `--head attention`. "
         + ", ".join(f"{name} is `{model}`" for name, model in zip(names, budget.models)) + ".",
         paper={"Baseline": {"BirdCLEF 2023": 77.5, "AudioSet": 25.1, "UCR": 85.3},
                "PANNs": {"BirdCLEF 2023": 79.1, "AudioSet": 27.5, "UCR": 90.9},

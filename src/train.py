@@ -86,6 +86,8 @@ def say_unused(settings: TrainSettings) -> None:
     usual, given = vars(TrainSettings().network.asca), vars(settings.network.asca)
     if not settings.model.startswith("asca_") and (others := [name for name in given if given[name] != usual[name]]):
         say(f"{', '.join('--' + name.replace('_', '-') for name in others)}: not used, since {settings.model} is not ASCA")
+    if settings.network.drop_path and settings.model.startswith("panns_"):
+        say(f"--drop-path {settings.network.drop_path:g} is not used: {settings.model} has no stochastic depth")
 
 
 @resumable

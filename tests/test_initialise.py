@@ -156,6 +156,16 @@ def test_another_run_gives_all_but_the_head_and_never_a_recording_it_was_trained
     (later / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match=f"{run / 'fold0'} was trained on"):
         begin(later, "asca_test", 7, **OF_THE_RUN, held_out=heard)
+    other = TrainSettings(model="asca_test", init=run / "fold0", network=replace(usual, input_side=64, input_norm="fixed"))
+    with pytest.raises(UserError, match="another network.*input_norm: window -> fixed"):
+        initialise(create_model("asca_test", 7, AUDIO, other.network), other, fold=0, classes=[f"class {k}" for k in range(7)], audio=AUDIO, held_out=held_out)
+    begin(run / "fold0", "asca_test", 7, **OF_THE_RUN, held_out=held_out)
+    assert "other log-mels" not in capsys.readouterr().out
+    config = read_config(run / "fold0")
+    config["audio"]["fmax"] = 12000.0
+    (aside / "config.yaml").write_text(yaml.safe_dump(config))
+    begin(aside, "asca_test", 7, **OF_THE_RUN, held_out=held_out)
+    assert "was trained on other log-mels (fmax: 12000" in capsys.readouterr().out
     for name, asca, message in (("efficientnet_b0", {}, "model: asca_test -> efficientnet_b0"), ("asca_test", {"layout": "CCTT"}, "layout: CCCT -> CCTT")):
         with pytest.raises(UserError, match=f"another network.*{message}"):
             begin(run / "fold0", name, 7, side=64, **asca)

@@ -113,6 +113,10 @@ def test_relative_positions_equal_timm_s_and_without_them_tokens_have_no_place()
 
 
 def test_unusable_sides_and_names_are_refused():
+    network = create_model("asca_test", 5, AUDIO, ModelSettings(input_side=64)).network
+    for shape in ((96, 96), (64, 32), (32, 64)):
+        with pytest.raises(ValueError, match=f"made for 64 x 64, not {shape[0]} x {shape[1]}"):
+            network(torch.zeros(2, 1, *shape))
     for side in (112, -32):
         with pytest.raises(UserError, match=f"multiple of 32, not {side}" if side > 0 else "at least one pixel"):
             create_model("asca_test", 5, AUDIO, ModelSettings(input_side=side))

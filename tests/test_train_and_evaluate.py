@@ -104,6 +104,8 @@ def test_settings_that_nothing_reads_are_named(tmp_path, capsys):
     assert "--layout: not used" in said and f"--noise {tmp_path} is not used" in said
     train.say_unused(parse(TrainSettings, [*flags[2:6], "--model", "asca_test"], prog="x", description=""))
     assert not capsys.readouterr().out
+    train.say_unused(parse(TrainSettings, ["--model", "panns_cnn10", "--drop-path", "0.2"], prog="x", description=""))
+    assert "--drop-path 0.2 is not used" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_no_number_names_step_and_files(tmp_path, train_flags, capsys):

@@ -59,7 +59,7 @@ class AscaSettings:
     expand_from: Literal["output", "input"] = "output"
     """MBConv's hidden width: 4 x its output (CoAtNet's code) or 4 x its input (the paper's text)."""
     pool: Literal["avg", "max"] = "avg"
-    """The pooling of the downsampling shortcuts."""
+    """The pooling of the downsampling shortcuts, and of the attention's input where S4 (or S3) halves the map."""
     head: Literal["avg", "gem", "attention"] = "avg"
     """How the last map becomes logits: its mean, a generalised mean, or attention over time."""
     activation: Literal["gelu", "gelu_tanh", "silu", "hard_swish", "relu"] = "gelu"
@@ -293,13 +293,13 @@ class Stage(nn.Module):
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.side:  # attn_patch 7 and 14 (figure 3); the paper is silent on how: ours
+        if x.shape[-1] != self.side:  # S4's alone: attn_patch 7 and 14 (figure 3); the paper is silent on how: ours
             x = F.interpolate(x, size=(self.side, self.side), mode="bilinear", align_corners=False)
         return self.blocks(x)
 
 
 class ASCA(nn.Module):
-    """(B, 1, side, side) normalised spectrogram -> (B, n_classes) logits. Raises ValueError for an unusable side."""
+    """(B, 1, side, side) normalised spectrogram -> (B, n_classes) logits. Raises ValueError for an unusable side, and for an input of another one."""
 
     def __init__(self, variant: str, n_classes: int, *, side: int | None = None, drop_path: float = 0.2,
                  settings: AscaSettings = AscaSettings()) -> None:
@@ -308,6 +308,7 @@ class ASCA(nn.Module):
         side = side or usual_side
         if side < 32 or side % 32:
             raise ValueError(f"ASCA halves its input five times: the side must be a multiple of 32, not {side}")
+        self.side = side
         tokens = round(side / settings.attn_patch)  # a row of S4's tokens
         stride = 2 if settings.attn_patch == 32 else 1  # of S4
         self.stem = Stem(stem_widths, ACTIVATIONS[settings.activation])
@@ -324,11 +325,13 @@ class ASCA(nn.Module):
         self.apply(_initialise)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-2:] != (self.side, self.side):
+            raise ValueError(f"this ASCA was made for {self.side} x {self.side}, not {x.shape[-2]} x {x.shape[-1]}")
         return self.head(self.norm(self.stages(self.stem(x))))
 
 
 def _initialise(module: nn.Module) -> None:
-    """EfficientNet's for depthwise and stem convolutions, a truncated normal for all that multiplies channels; ours."""
+    """EfficientNet's for depthwise and stem convolutions, Xavier's uniform for all that multiplies channels; ours."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
         if isinstance(module, nn.Conv2d) and module.kernel_size[0] > 1:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -3,8 +3,9 @@
 As in its paper: patches of 16 with stride 10, a learnt position for each patch, DeiT's class and distillation tokens,
 and a layer norm and one linear layer on the two tokens' mean. What differs: the image is the 224x224 that all models
 share (21 x 21 patches) instead of 128x1024 (12 x 101), so there are fewer position vectors (86.0 M parameters at 527
-classes instead of 86.6 M; the 88 M sometimes quoted count two ImageNet heads that the authors' code keeps and never uses),
-and the weights are fresh. `tiny` is DeiT-tiny, the authors' smallest. Stochastic depth (off in the paper) passes through.
+classes instead of 86.6 M; the 88 M sometimes quoted count two ImageNet heads that the authors' code keeps and never
+uses), the weights are fresh, and the input's deviation is 1 instead of 0.5. `tiny` is DeiT-tiny, the authors'
+smallest. Stochastic depth (off in the paper) passes through.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """PANNs' CNN14 and CNN10 (Kong et al. 2020, "PANNs: Large-Scale Pretrained Audio Neural Networks for Audio Pattern Recognition").
 
 Batch norm over the mel bins, blocks of two 3x3 convolutions, mean over frequency, then maximum plus mean over time, a
-hidden layer, the classes. The block widths, dropouts and initial weights are the paper's. Its input has 64 mel bins by
-1,000 frames; here it is the square image that all models share, so its first norm has `side` rows instead of 64 bins
-(at 527 classes and 64 rows the parameters are the paper's 80,753,615 and 5,219,279). It has no stochastic depth.
+hidden layer, the classes. The block widths, dropouts and initial weights are the paper's (the authors' code feeds the
+classes from before the last dropout). Its input has 64 mel bins by 1,000 frames; here it is the square image that all
+models share, so its first norm has `side` rows instead of 64 bins (at 527 classes and 64 rows the parameters are the
+paper's 80,753,615 and 5,219,279). It has no stochastic depth.
 """
 
 from __future__ import annotations

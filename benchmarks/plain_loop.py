@@ -6,7 +6,8 @@ The plain loop: a torch Dataset that decodes a random 5 s with librosa, log-mel 
 AdamW with a cosine, binary cross-entropy, timm's mixup where asked; on a GPU bf16 autocast and pinned batches.
 Both make as many crops an epoch: the loop one of each training recording, the trainer of recordings drawn with replacement, rarer species more
 often. Both score a held-out one by the mean over its consecutive windows.
-Speeds are medians over the epochs after the first, validation left out. Writes plain_loop.md; finished folds are not trained again.
+Speeds are medians over the epochs after the first. Neither validates before its end: the trainer's loader would work ahead meanwhile.
+Writes plain_loop.md; finished folds are not trained again.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def train_with_the_trainer(fold: int, folds: Path, cache: Path, settings: PlainS
     words = [*inputs(settings), "--folds", folds, "--cache", cache, "--run", settings.run / "trainer", "--fold", fold, "--model", settings.model,
              "--input-side", settings.input_side, "--epochs", settings.epochs, "--batch-size", settings.batch_size, "--learning-rate", settings.learning_rate,
              "--weight-decay", settings.weight_decay, "--drop-path", settings.drop_path, "--workers", settings.workers, "--threads", settings.threads,
-             "--device", settings.device, *(["--noise", settings.noise] if settings.noise else [])]
+             "--device", settings.device, "--validate-every", settings.epochs, *(["--noise", settings.noise] if settings.noise else [])]
     say(f"\n$ python -m src.train {' '.join(map(str, words))}")
     speeds = []
     with subprocess.Popen([sys.executable, "-m", "src.train", *map(str, words)], stdout=subprocess.PIPE, text=True) as trainer:

@@ -153,14 +153,17 @@ class BalancedSampler(Sampler):
 def sampling_share(table: pd.DataFrame, *, power: float, use_rating: bool) -> np.ndarray:
     """(n,) how often a recording is drawn: (class count / all)^-power, times rating / 5 where asked (0 = not rated: the mean).
 
-    Recordings without a label are no species: each is drawn as often as a labelled one on average.
+    Recordings without a label are no species: each is drawn as often as a labelled one on average. Raises UserError for a power beyond all numbers.
     """
     counts = table.primary_label.map(table.primary_label.value_counts()).to_numpy()
-    share, labelled = (counts / len(table)) ** -power, (table.primary_label != "").to_numpy()
+    with np.errstate(over="ignore"):
+        share, labelled = (counts / len(table)) ** -power, (table.primary_label != "").to_numpy()
     share[~labelled] = share[labelled].mean() if labelled.any() else 1.0
     if use_rating:
         rating = table.rating.where(table.rating > 0)
         share = share * (rating.fillna(rating.mean()).fillna(5.0) / 5.0).to_numpy()
+    if not 0 < share.sum() < np.inf:
+        raise UserError(f"--sampling-power {power:g} leaves no number to draw by; the field's values lie between 0 and 1")
     return share
 
 

@@ -19,7 +19,7 @@ from .metadata import read_metadata
 from .predict import predict
 from .settings import parse
 from .soft_labels import UNSEEN
-from .storage import fold_folders, write_table
+from .storage import fold_folders, owned_file, write_table
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,10 @@ class DistilSettings:
     out: Path = Path("input/soft_labels.csv")
     data: tuple[Path, ...] = ()
     """Further folders in BirdCLEF's layout that no teacher was trained on; primary_label may be empty there."""
+    home: tuple[Path, ...] = ()
+    """Where the teachers' own recordings lie, if no longer where they lay when these were trained."""
+    metadata: Path | None = None
+    """Another table in train_metadata.csv's columns, if not the teachers'."""
     cache: Path | None = None
     """Where the further folders' log-mels are; by default the first run's cache."""
     device: str = "auto"
@@ -39,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = parse(DistilSettings, argv, prog="python -m src.distil", description=__doc__)
     tables, known, first = [], set(), None
     for run in settings.run:
-        folds, metadata, config = out_of_fold(run, (), None)
+        folds, metadata, config = out_of_fold(run, settings.home, settings.metadata)
         known |= set(metadata.table.recording_id)
         first = first or config
         table = pd.concat([table.assign(source=str(fold)) for fold, table in folds.items()]).set_index(["filename", "source"]).sort_index()
@@ -49,7 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     mean = sum(tables) / len(tables)
     if settings.data:
         mean = pd.concat([mean, unseen(settings, first, known)])
-    write_table(settings.out, mean.reset_index(), float_format="%.6g")
+    with owned_file(settings.out):
+        write_table(settings.out, mean.reset_index(), float_format="%.6g")
     say(f"wrote {settings.out}: {len(tables[0])} recordings out of fold, {len(mean) - len(tables[0])} unseen; {len(settings.run)} teacher run(s)")
 
 
@@ -58,8 +63,8 @@ def unseen(settings: DistilSettings, config: dict, known: set[str]) -> pd.DataFr
 
     `config`: the first teacher's. Raises UserError where there are none, or a teacher's audio recipe is not the cache's.
     """
-    first = Path(config["settings"]["data"][0])
-    everything = read_metadata((first, *settings.data), config["settings"]["metadata"]).table
+    first = (settings.home or (Path(config["settings"]["data"][0]),))[0]
+    everything = read_metadata((first, *settings.data), settings.metadata or config["settings"]["metadata"]).table
     cache = Cache(settings.cache or Path(config["settings"]["cache"]))
     new = everything[everything.is_extra & ~everything.recording_id.isin(known)]
     names = [name for name in new.filename if name in cache]

@@ -19,7 +19,7 @@ from .metadata import Metadata, read_csv, read_metadata, targets
 from .metrics import NAMES
 from .run_config import comparable, read_config
 from .settings import parse
-from .storage import fold_folders, safe_cell, write_table
+from .storage import fold_folders, owned_file, safe_cell, write_table
 from .submission import read_labels, read_rows
 
 
@@ -105,10 +105,9 @@ def open_cache(named: Path | None, config: dict) -> tuple[Cache | None, str]:
         return None, f"{error}; --cache names another place"
 
 
-def evaluate_run(settings: EvaluateSettings) -> None:
+def evaluate_run(settings: EvaluateSettings, folds: dict[int, pd.DataFrame], metadata: Metadata, config: dict) -> None:
     from .report import OutOfFold, write_report  # here, since it imports torch
 
-    folds, metadata, config = out_of_fold(settings.run, settings.data, settings.metadata)
     cache, why_no_cache = open_cache(settings.cache, config)
     classes, by_fold = list(metadata.classes), {}
     for fold, table in folds.items():
@@ -170,7 +169,9 @@ def main(argv: list[str] | None = None) -> None:
     if settings.resamples < 1:
         raise UserError("--resamples must be 1 or more")
     if settings.submission is None:
-        evaluate_run(settings)
+        found = out_of_fold(settings.run, settings.data, settings.metadata)
+        with owned_file(settings.run / "report.md"):
+            evaluate_run(settings, *found)
         return
     first = competitions.competition(settings.competition).metric
     scores = score_submission(settings.submission, settings.labels, settings.resamples)

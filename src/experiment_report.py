@@ -149,6 +149,7 @@ def write_report(table: Table, budget: Budget, names: Sequence[str], results: Re
     draw(folder / f"{stem}.png", table, parts, f"{table.title}\n{in_words(budget)}")
     bases = sorted({row.against for row in table.rows})
     base = bases[0] if len(bases) == 1 else "the one that it is compared with"
+    beside = any((found.jobs > 1).any() for part in parts for found in part.found.values())
     ascas = {model for row in table.rows if (model := row.settings().model).startswith("asca_")}
     lines = [f"# {table.title} ({in_words(budget)})", "", f"`{command(table, budget, names, noisy)}`. {setting(parts, budget, speeds)}", "", table.note, "",
              "Top-1 and macro AP of the held-out recordings (a recording's probability is the mean over its windows): the mean over folds and seeds, and where "
@@ -156,7 +157,8 @@ def write_report(table: Table, budget: Budget, names: Sequence[str], results: Re
              "share training recordings, so these intervals are rather too narrow. Over recordings: top-1 again, its 95 % interval a bootstrap over the "
              "held-out recordings of all folds, which leaves out what another training would change. "
              f"Difference: the row minus {base}, paired by fold and seed. Padded cmAP, LRAP and ROC-AUC are in [{stem}.csv]({stem}.csv)."
-             + (f" ASCA is `{ascas.pop()}`." if len(ascas) == 1 else "")]
+             + (f" ASCA is `{ascas.pop()}`." if len(ascas) == 1 else "")
+             + (" Training seconds are those that passed, beside a changing number of other trainings: they tell no two rows apart." if beside else "")]
     if table.paper:
         lines += ["", "The paper's figures (its table of the same number, mAP) are for other data, sizes and a test set of its own: they show its ranking, "
                   "not what these runs should reach."]

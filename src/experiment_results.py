@@ -54,20 +54,47 @@ def read_table(file: Path, columns: list[str]) -> pd.DataFrame:
         raise UserError(f"{file}: {error}; move it away, or delete the row") from error
 
 
+def whole(row: pd.Series) -> bool:
+    """Whether nothing of a row is missing, and its top-1 is that of its recordings, where they were kept."""
+    if row.drop("hits").isna().any() or (row.drop("hits") == "").any():
+        return False
+    if not row.hits:
+        return True
+    n = int(row.held_out)
+    try:
+        return len(row.hits) == 2 * -(-n // 8) and abs(unpacked(row.hits, n).mean() - row.top1) < 1e-5
+    except ValueError:  # no hexadecimal digits
+        return False
+
+
 class Results:
-    """The file, read once and written whole after every row that is added."""
+    """The file, read anew before every row that is added, and written whole.
+
+    Raises UserError for a torn row, a cell that stands there twice, and scores of two splits under one name: means over them would mean nothing.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "experiments.csv"
-        self.table = read_table(self.file, COLUMNS)
+        self.table = self.read()
+
+    def read(self) -> pd.DataFrame:
+        table = read_table(self.file, COLUMNS)
+        for problem, rows in (("is not whole", ~table.apply(whole, axis=1).astype(bool) if len(table) else []),
+                              ("stands there twice", table.duplicated(list(Cell.__dataclass_fields__))),
+                              ("is of another split than the others", table.groupby("data").split.transform("first") != table.split)):
+            if len(bad := table[rows]):
+                raise UserError(f"{self.file}, line {bad.index[0] + 2}: the row {bad.row.iloc[0]}, {bad.data.iloc[0]}, seed {bad.seed.iloc[0]}, "
+                                f"fold {bad.fold.iloc[0]} {problem}; delete it (it is trained again) or bring the file back")
+        return table
 
     def add(self, row: dict) -> None:
-        """A row takes the place of an earlier one of the same cell."""
+        """A row takes the place of an earlier one of the same cell; what has come into the file meanwhile stays."""
+        self.table = self.read()
         new = pd.DataFrame([row])[COLUMNS]
         same = (self.table[["data", "key", "seed", "fold"]] == new[["data", "key", "seed", "fold"]].iloc[0]).all(axis=1)
         table = pd.concat([self.table[~same], new], ignore_index=True) if len(self.table) else new
         write_table(self.file, table.sort_values(["data", "row", "key", "seed", "fold"]), float_format=FLOATS)
-        self.table = read_table(self.file, COLUMNS)  # as rounded there: a table drawn now is the one that is drawn from the file later
+        self.table = self.read()  # as rounded there: a table drawn now is the one that is drawn from the file later
 
     def finished(self) -> set[Cell]:
         return {Cell(*values) for values in self.table[["data", "key", "seed", "fold"]].itertuples(index=False, name=None)}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from . import metrics, train
 from .config import AudioConfig
-from .console import begin_worker
+from .console import begin_worker, say
 from .evaluate import read_oof, truth_of
 from .experiment_results import Cell, packed
 from .metadata import read_metadata
@@ -69,7 +69,7 @@ def begin() -> None:
 
 
 def train_and_score(job: Job) -> dict | None:
-    """The job's row of experiments.csv, or None where the training failed and its log says why. Never raises."""
+    """The job's row of experiments.csv, or None where the training failed and its log says why. Raises OSError where that cannot be written."""
     job.folder.mkdir(parents=True, exist_ok=True)
     with open(job.log, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
@@ -134,6 +134,9 @@ class Workers:
             except BrokenProcessPool:
                 ended.append((job, None))
                 worker = self.new()
+            except OSError as error:  # a full disk: the training that met it is lost, no other
+                ended.append((job, None))
+                say(f"{job.log}: {error.strerror or error}")
             self.idle.append(worker)
         return ended
 

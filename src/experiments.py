@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import signal
 import sys
 from collections import Counter
 from collections.abc import Collection
@@ -35,6 +36,7 @@ from .settings import parse
 from .storage import owned, write_table
 
 TABLES = {**PAPER, "recipe": recipe_table, "sizes": sizes_table}
+KEPT = "kept"  # in a fold's folder: its weights stay, whatever later commands say
 N_CLASSES = 264  # of the networks whose speed is measured: BirdCLEF 2023's
 
 
@@ -64,7 +66,7 @@ class ExperimentSettings:
     """Trainings side by side, at most 8 by default: one a core on a CPU, one for two cores beside a GPU."""
     device: str = "auto"
     keep_weights: bool = False
-    """Keep every fold's weights once it is scored."""
+    """Keep every fold's weights once it is scored; later commands leave them alone."""
     runs: Path = Path("runs/experiments")
     cache: Path = Path("input/cache")
     results: Path = Path("benchmarks/results")
@@ -107,10 +109,9 @@ def open_data(settings: ExperimentSettings, folder: Path, noise: Path | None, n_
     name, folds = folder.absolute().name, folder / "folds.csv"
     if not folds.exists():
         folds = settings.runs / name / "folds.csv"
-        if not folds.exists() and fold_stage.main(["--data", str(folder), "--out", str(folds)]):
-            raise UserError(f"{folder} could not be split")
-    if cache_stage.main(["--data", str(folder), "--out", str(settings.cache / name)]):
-        raise UserError(f"{folder} could not be cached")
+        if not folds.exists():
+            require_done(fold_stage.main(["--data", str(folder), "--out", str(folds)]), f"{folder} could not be split")
+    require_done(cache_stage.main(["--data", str(folder), "--out", str(settings.cache / name)]), f"{folder} could not be cached")
     cache = Cache(settings.cache / name)
     belongs = [sorted(read_folds(folds).items()), cache.config.to_dict(), sorted(cache.damaged), digest_of(read_metadata([folder]).table)]
     if (folder / "train.yaml").exists():
@@ -118,6 +119,14 @@ def open_data(settings: ExperimentSettings, folder: Path, noise: Path | None, n_
     numbers = sorted({fold for fold in read_folds(folds).values() if fold >= 0})
     return DataSet(name, folder, folds, settings.cache / name, noise, tuple(numbers[: n_folds or None]),
                    hashlib.sha256(json.dumps(belongs).encode()).hexdigest()[:10])
+
+
+def require_done(code: int, why: str) -> None:
+    """Raises what ended a stage: an interruption, or else UserError."""
+    if code in (130, 143):
+        raise KeyboardInterrupt(*([signal.SIGTERM] if code == 143 else []))
+    if code:
+        raise UserError(why)
 
 
 class Plan:
@@ -182,7 +191,9 @@ def train_all(plan: Plan, results: Results) -> list[Job]:
     workers, used = Workers(plan.settings.jobs), Counter(job.needs.cell for job in todo.values() if job.needs)
 
     def spare(cell: Cell, folder: Path) -> None:
-        if not plan.settings.keep_weights and not used[cell]:
+        if plan.settings.keep_weights and (folder / "weights.safetensors").exists():
+            (folder / KEPT).touch()
+        if not used[cell] and not (folder / KEPT).exists():
             for name in ("weights", "golden_windows"):
                 (folder / f"{name}.safetensors").unlink(missing_ok=True)
 
@@ -259,21 +270,24 @@ def main(argv: list[str] | None = None) -> int:
             row.settings()  # raises for a flag that src.train does not take
     failed: list[Job] = []
     data: dict[str, DataSet] = {}
-    if not settings.only_report:
-        with owned(settings.runs), owned(settings.results):
-            data = {name: open_data(settings, folder, noise.get(name), budget.n_folds) for name, folder in zip(names, settings.data)}
-            for one in data.values():
-                results.check_split(one.name, one.split)
-            plan = Plan(settings, chosen, data, budget.seeds, results.finished())
-            say(f"{', '.join(settings.tables)}: {len(plan.wanted)} folds of {len({(c.data, c.key, c.seed) for c in plan.wanted})} runs, "
-                f"{len(plan.wanted.keys() & plan.finished)} finished, {len(plan.todo)} to train, {settings.jobs} side by side on {settings.device}")
-            failed = train_all(plan, results)
-    if settings.speed:
-        measure_speed(settings, chosen)
-    for table in tables:
-        written = write_report(table, budget, names, results, noise.keys() if settings.data else results.noisy(), settings.results,
-                               folds={name: one.numbers for name, one in data.items()})
-        say(f"wrote {settings.results / stem_of(table, budget)}.md, .csv and .png" if written else f"{table.name}: nothing of it is trained under this budget")
+    with owned(settings.results):
+        results = Results(settings.results)  # what another process wrote until now is there
+        if not settings.only_report:
+            with owned(settings.runs):
+                data = {name: open_data(settings, folder, noise.get(name), budget.n_folds) for name, folder in zip(names, settings.data)}
+                for one in data.values():
+                    results.check_split(one.name, one.split)
+                plan = Plan(settings, chosen, data, budget.seeds, results.finished())
+                say(f"{', '.join(settings.tables)}: {len(plan.wanted)} folds of {len({(c.data, c.key, c.seed) for c in plan.wanted})} runs, "
+                    f"{len(plan.wanted.keys() & plan.finished)} finished, {len(plan.todo)} to train, {settings.jobs} side by side on {settings.device}")
+                failed = train_all(plan, results)
+        if settings.speed:
+            measure_speed(settings, chosen)
+        for table in tables:
+            written = write_report(table, budget, names, results, noise.keys() if settings.data else results.noisy(), settings.results,
+                                   folds={name: one.numbers for name, one in data.items()})
+            say(f"wrote {settings.results / stem_of(table, budget)}.md, .csv and .png" if written else
+                f"{table.name}: nothing of it is trained under this budget")
     if failed:
         say(f"{len(failed)} trainings failed; the same command tries them again")
     return int(bool(failed))

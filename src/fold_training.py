@@ -62,6 +62,8 @@ class FoldTraining:
         known = self.training.primary_label.ne("") | self.training.filename.isin([] if soft is None else soft.index)
         self.training = self.training[known].reset_index(drop=True)
         n_crops = len(self.training)
+        if not n_crops:
+            raise UserError(f"{settings.folds} leaves no cached, labelled recording to train fold {fold} on")
         self.training = nested_share(self.training, settings.train_share, settings.seed)
         target, weight = targets(self.training, self.classes, settings.secondary_labels, settings.secondary_weight)
         self.prior = target[self.training.primary_label != ""].mean(axis=0).clip(1e-6, 1 - 1e-6)
@@ -93,7 +95,8 @@ class FoldTraining:
                        "prior": [float(f"{p:.6g}") for p in self.prior],
                        "recordings": {"training": len(self.training), "training_digest": digest_of(self.training),
                                       "held_out": len(self.held_out), "held_out_digest": digest_of(self.held_out)},
-                       "processes": accelerator.num_processes, "versions": versions()}
+                       "processes": accelerator.num_processes, "precision": "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision,
+                       "device": device_name(accelerator.device), "versions": versions()}
 
     # ------------------------------------------------------------------------------------------- state on disk
 
@@ -116,8 +119,9 @@ class FoldTraining:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
 
     def keep_origin(self) -> None:
-        """Keeps in config.yaml what trained the earlier epochs, where it is not what trains now: other versions, another number of processes."""
-        before, origin = read_config(self.folder), ("processes", "versions")
+        """Keeps in config.yaml what trained the earlier epochs, where it is not what trains now: other versions, another number of processes,
+        another device or its precision."""
+        before, origin = read_config(self.folder), ("processes", "precision", "device", "versions")
         earlier = [*before.get("earlier", []), {name: before.get(name) for name in origin}]
         if earlier := [one for one in earlier if one != {name: self.config[name] for name in origin}]:
             self.config["earlier"] = earlier

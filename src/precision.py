@@ -21,7 +21,7 @@ from .evaluate import open_cache, out_of_fold, truth_of
 from .folds import read_folds
 from .onnx_models import OnnxModel, find_models, load_model
 from .settings import parse
-from .storage import atomic_folder, write_json
+from .storage import atomic_folder, owned_file, write_json
 
 F32_BOUND = 1e-5  # of any probability: rounding, no more
 BATCH = 32  # windows
@@ -38,7 +38,7 @@ class PrecisionSettings:
     """Another table in train_metadata.csv's columns, if not the run's."""
     cache: Path | None = None
     """By default where it lay when the run was trained."""
-    calibration_windows: int = 128
+    calibration_windows: Annotated[int, tyro.conf.arg(help="At least 1.")] = 128
     threads: int = 0
     """0: all cores."""
 
@@ -98,6 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = parse(PrecisionSettings, argv, prog="python -m src.precision", description=__doc__)
     engine = engines.choose("openvino", settings.precision)
     threads = settings.threads or usable_cores()
+    if settings.calibration_windows < 1:
+        raise UserError(f"--calibration-windows {settings.calibration_windows}: it is at least 1")
     folds, metadata, config = out_of_fold(settings.run, settings.data, settings.metadata)
     cache, why_not = open_cache(settings.cache, config)
     if cache is None:
@@ -111,16 +113,20 @@ def main(argv: list[str] | None = None) -> int:
     left_out = {name for name, fold in (read_folds(table) if table.exists() else {}).items() if fold == -2}
     for model in models:
         fold = model.path.parent.name
-        held_out = folds[int(fold[4:])].filename
-        if engine.precision == "int8":
-            trained = metadata.table.filename[~metadata.table.filename.isin({*held_out, *left_out}) & metadata.table.filename.isin(cache.names)].tolist()
-            chosen = trained[:: max(1, len(trained) // settings.calibration_windows)][: settings.calibration_windows]
-            quantise(model.path, windows_of(chosen, cache, only_first=True)[0], cache)
-        windows, places = windows_of(held_out.tolist(), cache)
-        other = load_model(model.path, threads, engine)
-        result = compare(probabilities(model, windows, cache, f"{fold}: onnxruntime"), probabilities(other, windows, cache, f"{fold}: {engine.precision}"),
-                         places, truth_of(held_out, metadata, config), lossy=engine.lossy)
-        write_json(engines.verdict_path(model.path, engine), {**engines.facts(model.path, engine), "windows": len(windows), **result})
+        held_out, verdict = folds[int(fold[4:])].filename, engines.verdict_path(model.path, engine)
+        with owned_file(verdict):
+            if engine.precision == "int8":
+                trained = metadata.table.filename[~metadata.table.filename.isin({*held_out, *left_out}) & metadata.table.filename.isin(cache.names)].tolist()
+                chosen = trained[:: max(1, len(trained) // settings.calibration_windows)][: settings.calibration_windows]
+                quantise(model.path, windows_of(chosen, cache, only_first=True)[0], cache)
+            windows, places = windows_of(held_out.tolist(), cache)
+            facts = engines.facts(model.path, engine)
+            reference, candidate = (probabilities(load_model(model.path, threads, one), windows, cache, f"{fold}: {one.name} {one.precision}")
+                                    for one in (Engine(), engine))
+            result = compare(reference, candidate, places, truth_of(held_out, metadata, config), lossy=engine.lossy)
+            if engines.facts(model.path, engine) != facts:
+                raise UserError(f"{model.path} changed while it was measured; run the same command again")
+            write_json(verdict, {**facts, "windows": len(windows), **result})
         refused += not result["accepted"]
         say(f"{fold}: {len(windows)} held-out windows; probabilities change by {result['mean_change']:.1e} on average, {result['largest_change']:.1e} at most; "
             f"macro AP {result['macro_ap_f32']:.4f} -> {result['macro_ap']:.4f} ({result['macro_ap_change']:+.4f}, bound {MACRO_AP_BOUND}): "

@@ -103,6 +103,9 @@ def test_well_rated_and_unlabelled_recordings_are_drawn_as_they_should():
     table = pd.DataFrame({"primary_label": ["a"] * 4 + ["b"] * 4 + [""] * 92, "rating": [5.0, 2.5, 0.0, 0.0] * 25})
     share = sampling_share(table, power=0.5, use_rating=True)
     assert (share[:4] / share[0]).tolist() == pytest.approx([1, 0.5, 0.75, 0.75])  # not rated: the mean of 5 and 2.5
+    for power in (-400.0, 400.0):
+        with pytest.raises(UserError, match="--sampling-power -?400 leaves no number to draw by"):
+            sampling_share(table, power=power, use_rating=False)
     np.testing.assert_allclose(sampling_share(table, power=0.5, use_rating=False), 5.0)  # both species are 1/25 of all, and the rest is no species
 
 

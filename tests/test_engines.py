@@ -98,6 +98,22 @@ def test_a_lossy_precision_needs_a_verdict_on_this_very_model(tmp_path, copied, 
 
 
 @needs_openvino
+def test_a_model_that_is_replaced_while_it_is_measured_has_no_verdict(copied, capsys, monkeypatch):
+    model, measured = copied / "fold0/model.onnx", precision.probabilities
+
+    def replaced(*words):
+        with open(model, "ab") as file:
+            file.write(b" ")
+        return measured(*words)
+
+    monkeypatch.setattr(precision, "probabilities", replaced)
+    flags = ["--run", str(copied), "--precision", "f32", "--threads", "1"]
+    assert precision.main(flags) == 1 and not list(model.parent.glob("*openvino*"))
+    assert "model.onnx" in capsys.readouterr().err
+    assert precision.main([*flags, "--calibration-windows", "0"]) == 1 and "--calibration-windows 0: it is at least 1" in capsys.readouterr().err
+
+
+@needs_openvino
 def test_a_model_without_its_fold_cannot_be_measured(copied, capsys):
     (copied / "fold1").mkdir()
     for name in ("model.onnx", "model.onnx.sha256"):

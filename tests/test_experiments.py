@@ -4,10 +4,12 @@ import contextlib
 import io
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -128,6 +130,37 @@ def test_results_are_carried_to_another_place(birds, done, tmp_path, capsys):
     assert "| 16 x 16 | 0 of 2 | – |" in (results / "figure3_small.md").read_text() and "| 32 x 32 | 2 |" in (results / "figure3_small.md").read_text()
 
 
+def test_rows_that_come_meanwhile_stay_and_torn_doubled_or_foreign_ones_are_named(birds, done, tmp_path):
+    file = Path(shutil.copy(birds.parent / "results/experiments.csv", tmp_path))
+    mine, theirs = Results(tmp_path), Results(tmp_path)
+    row = mine.table.iloc[0].to_dict()
+    theirs.add(row | {"seed": 77})
+    mine.add(row | {"seed": 78})
+    assert set(Results(tmp_path).table.seed) == {0, 77, 78} and len(Results(tmp_path).table) == 8
+    header, first, *rest = file.read_text().splitlines()
+    assert first.rsplit(",", 1)[1], "its top-1 recording by recording"
+    turned = f"{int(first[-2:], 16) ^ 0xFF:02x}"
+    for line, problem in ((first[:-1], "is not whole"), (first[:-2] + turned, "is not whole"), (first[:90], "is not whole"),
+                          (f"{first}\n{first}", "stands there twice"), (first.replace(row["split"], "0" * 10), "is of another split")):
+        file.write_text("\n".join([header, line, *rest, ""]))
+        with pytest.raises(UserError, match=f"experiments.csv, line [23]: the row {re.escape(row['row'])}, birds, seed 0.*{problem}"):
+            Results(tmp_path)
+
+
+def test_weights_that_are_kept_are_kept_for_good(birds, done, tmp_path, capsys):
+    results = tmp_path / "results"
+    results.mkdir()
+    shutil.copy(birds.parent / "results/experiments.csv", results)
+    left = [shutil.copytree(folder, tmp_path / "runs" / folder.relative_to(birds.parent / "runs")) / "weights.safetensors"
+            for folder in sorted((birds.parent / "runs").rglob("fold0"))[:2]]
+    flags = ["table2", "--data", str(birds), *TINY, "--runs", str(tmp_path / "runs"), "--cache", str(birds.parent / "cache"), "--results", str(results)]
+    left[0].touch()
+    assert experiments.main([*flags, "--keep-weights"]) == 0
+    left[1].touch()  # an interruption's
+    assert experiments.main(flags) == 0 and "6 finished, 0 to train" in capsys.readouterr().out
+    assert left[0].exists() and not left[1].exists()
+
+
 def test_other_folds_under_the_same_name_are_refused(birds, done, tmp_path, capsys):
     other = tmp_path / "birds"
     shutil.copytree(birds, other)
@@ -152,9 +185,15 @@ def test_pre_training_goes_before_and_what_fails_or_dies_costs_itself_alone(bird
     for process in workers.processes:
         os.kill(process.pid, signal.SIGKILL)
     assert workers.next() == [(tuned.needs, None)] and len(workers.idle) == 1
+    full = next(job for job in plan.todo.values() if not job.needs and job.cell.data == "birds")
+    full.folder.mkdir(parents=True)
+    full.log.symlink_to("/dev/full")
+    workers.submit(full)
+    assert workers.next() == [(full, None)] and len(workers.idle) == 1 and f"{full.log}: No space left" in capsys.readouterr().out
+    full.log.unlink()
     workers.close()
     bad, results = next(job for job in plan.todo.values() if not job.needs and job.cell.data == "birds"), Results(settings.results)
-    (bad.folder / "checkpoint.safetensors").parent.mkdir(parents=True)
+    bad.folder.mkdir(parents=True, exist_ok=True)
     (bad.folder / "checkpoint.safetensors").write_text("no tensors")
     assert train_all(plan, results) == [bad] and len(results.table) == 2 and not multiprocessing.active_children()
     said = capsys.readouterr().out

@@ -97,6 +97,12 @@ def test_one_process_a_fold_ctrl_c_ends_it_and_restart_begins_anew(tmp_path, tra
     assert len(pd.read_csv(tmp_path / "fold0/history.csv")) == 1 and not (tmp_path / "fold0/checkpoint.safetensors").exists()
 
 
+def test_a_fold_that_leaves_nothing_to_train_on_is_refused(tmp_path, train_flags, fold_table, capsys):
+    pd.read_csv(fold_table).assign(fold=0).to_csv(tmp_path / "folds.csv", index=False)
+    assert train.main([*train_flags, "--folds", str(tmp_path / "folds.csv"), "--run", str(tmp_path / "run")]) == 1
+    assert "leaves no cached, labelled recording to train fold 0 on" in capsys.readouterr().err
+
+
 def test_settings_that_nothing_reads_are_named(tmp_path, capsys):
     flags = ["--model", "efficientnet_b0", "--layout", "CCTT", "--noise", str(tmp_path), "--waveform-probability", "0"]
     train.say_unused(parse(TrainSettings, flags, prog="x", description=""))

@@ -143,6 +143,11 @@ def test_soft_labels_enter_out_of_fold_only(tmp_path, data, copied, train_flags,
     assert distil.main(["--run", str(copied), "--data", str(extra), "--cache", str(tmp_path / "cache"), "--out", str(soft)]) == 0
     metadata, folds = read_metadata([data, extra]), read_folds(fold_table)
     found = read_soft_labels(soft, metadata, folds)
+    shutil.copytree(copied, tmp_path / "from elsewhere")
+    for config in (tmp_path / "from elsewhere").rglob("config.yaml"):
+        config.write_text(config.read_text().replace(str(data), "/no/longer"))
+    assert distil.main(["--run", str(tmp_path / "from elsewhere"), "--home", str(data), "--data", str(extra), "--cache", str(tmp_path / "cache"),
+                        "--out", str(tmp_path / "again.csv")]) == 0 and (tmp_path / "again.csv").read_bytes() == soft.read_bytes()
     pooled = pd.concat(evaluate.out_of_fold(copied, (), None)[0].values()).set_index("filename")
     assert len(found) == len(pooled) + len(table)
     assert np.allclose(found.loc[pooled.index], pooled, atol=1e-5)

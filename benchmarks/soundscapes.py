@@ -135,7 +135,8 @@ def draw_example(task: Task, scored: Scored, settings: SoundscapeSettings, folde
 
 
 def digest_of(settings: SoundscapeSettings, model: OnnxModel, hand: pd.DataFrame, noise: list[str]) -> str:
-    facts = [settings.seconds, settings.events, settings.snr_db, settings.seed, sha256(model.path), hand.filename.tolist(), hand.path.tolist(), noise,
+    facts = [settings.seconds, settings.events, settings.snr_db, settings.seed, sha256(model.path), hand.filename.tolist(), hand.path.tolist(),
+             hand.primary_label.tolist(), [Path(path).stat().st_size for path in hand.path], noise,
              [sha256(module.__file__) for module in (composition, background_noise, pooling)]]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

@@ -215,7 +215,12 @@ class DetectionTables:
     def _is_done(self, soundscape: Soundscape, entry: dict) -> bool:
         state = _state(soundscape.path)
         whole = bool(state) and entry.items() >= state.items() and CANNOT_OPEN not in entry["fault"]
-        return whole and all(path.exists() for path in self._outputs(soundscape).values())
+        outputs = self._outputs(soundscape)
+        if not whole or not all(path.exists() for path in outputs.values()):
+            return False
+        if "csv" in outputs:
+            require_our_csv(outputs["csv"])
+        return True
 
     def _outputs(self, soundscape: Soundscape) -> dict[str, Path]:
         tables = {name: self.folder / (soundscape.name + SUFFIXES[name]) for name in self.formats}
@@ -257,6 +262,17 @@ class DetectionTables:
             for soundscape in soundscapes:
                 if self._file(soundscape) in self.entries:
                     whole.write(self._outputs(soundscape)["csv"].read_text(encoding="utf-8").partition("\n")[2])
+
+
+def require_our_csv(path: Path) -> None:
+    """Raises UserError for a table that another program saved again in its own way: all_detections.csv is made of them."""
+    try:
+        ours = path.read_text(encoding="utf-8").partition("\n")[0] == ",".join(CSV)
+    except UnicodeDecodeError:
+        ours = False
+    if not ours:
+        raise UserError(f"{path} was saved again by another program (a spreadsheet, say) with other separators, columns or encoding; "
+                        "move it away, and it is made again")
 
 
 def require_names_that_fit(paths: Sequence[Path]) -> None:

@@ -37,7 +37,7 @@ def _version(package: str) -> str | None:
 
 
 def verify(bundle: Path) -> None:
-    """Reads every file of the manifest back. Raises UserError with the first that is missing or differs."""
+    """Reads every file of the manifest back. Raises UserError with the first that is missing or differs, or is one more than it lists."""
     try:
         lines = (bundle / MANIFEST).read_text(encoding="ascii").splitlines()
     except (OSError, ValueError) as error:
@@ -51,6 +51,10 @@ def verify(bundle: Path) -> None:
             raise UserError(f"{path} is missing; upload the bundle again, with its folders (kaggle datasets create -r zip)")
         if sha256(path) != digest:
             raise UserError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}; upload the bundle again")
+    listed = {line[66:] for line in lines}
+    for path in sorted(path for part in ("runs", "src", "golden") for path in (bundle / part).rglob("*") if path.is_file()):
+        if path.relative_to(bundle).as_posix() not in listed and "__pycache__" not in path.parts:
+            raise UserError(f"{path} is not in {MANIFEST}: one of the two is not of this bundle; upload the bundle again")
     say(f"{bundle}: {len(lines)} files, all as they were built")
 
 

@@ -187,8 +187,8 @@ def decode(soundscapes: list[Soundscape], starts_of: Callable[[Soundscape], dict
 
 def _decode_one(number: int, soundscape: Soundscape, batch_size: int) -> Iterator[Batch]:
     starts, overview = soundscape.starts, soundscape.overview
-    rates = {config.sample_rate for config in starts}
-    for rate in sorted(rates):  # one, unless the models' recipes differ in it
+    rates = dict.fromkeys(config.sample_rate for config in starts)  # one, unless the models' recipes differ in it;
+    for rate in rates:  # the first model's first: where the time is short, the last ones are dropped
         streams = {config: WindowStream(config, at, overview if overview is not None and overview.config == config else None)
                    for config, at in starts.items() if config.sample_rate == rate}
         waiting: dict[AudioConfig, list[np.ndarray]] = {config: [] for config in streams}

@@ -80,6 +80,13 @@ def test_a_flipped_bit_and_a_missing_file_are_refused_by_name(copy, name):
         kaggle.verify(copy)
 
 
+def test_a_fold_that_the_bundle_was_not_built_with_is_refused(copy):
+    fold = next((copy / "runs").rglob("fold0"))
+    shutil.copytree(fold, fold.with_name("fold7"))
+    with pytest.raises(UserError, match="fold7/.* is not in manifest.sha256"):
+        kaggle.verify(copy)
+
+
 def test_a_damaged_manifest_is_refused(copy):
     manifest = copy / kaggle.MANIFEST
     for text in ("", manifest.read_text().replace("  LICENSE", " LICENSE")):

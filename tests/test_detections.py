@@ -152,6 +152,12 @@ def test_an_interrupted_folder_is_continued_with_the_same_bytes(tmp_path, run, f
     assert "1 of 6 recordings are done" in text and "their missing stretches hold no detection" in text
     assert files(out / "tables") == expected and not (out / "s.csv").exists()
     assert infer.main(command) == 0 and "6 of 6 recordings are done" in capsys.readouterr().out and files(out / "tables") == expected
+    csv = next((out / "tables").rglob("*.detections.csv"))
+    ours = csv.read_bytes()
+    for theirs in (ours.replace(b",", b";"), b"\xff\xfe" + ours):  # as spreadsheets save it
+        csv.write_bytes(theirs)
+        assert infer.main(command) == 1 and f"{csv} was saved again by another program" in capsys.readouterr().err and csv.read_bytes() == theirs
+    csv.write_bytes(ours)
     assert infer.main([*command, "--hop-seconds", "2.5"]) == 1 and "hop_seconds: 5.0 -> 2.5" in capsys.readouterr().err
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_bytes("".join(lines[:3]).encode() + b"\xff" + "".join(lines[3:]).encode())  # one record is damaged, the settings are not

@@ -14,6 +14,7 @@ from src.demo_data import noise, write_audio
 from src.folds import read_folds
 from src.metadata import read_csv, read_metadata
 from src.settings import parse
+from src.sources.birdclef import soundscape_labels
 from src.sources.layout import COLUMNS
 
 from .conftest import make_soundscape
@@ -91,6 +92,13 @@ def test_2026_goes_through_folds_and_cache_and_is_scored_by_its_own_metric(tmp_p
     for name, first in (("birdclef-2023", "padded cmAP"), ("birdclef-2026", "macro ROC-AUC")):
         assert evaluate.main([*flags, "--competition", name]) == 0
         assert capsys.readouterr().out.splitlines()[1].strip().startswith(first)
+
+
+@pytest.mark.parametrize("row", ["a_1.ogg,0,-5,x", ",0,5,x"])
+def test_a_labelled_stretch_has_a_recording_and_an_end(tmp_path, row):
+    (tmp_path / "labels.csv").write_text(f"filename,start,end,primary_label\na_1.ogg,0,00:00:05,x\n{row}\n")
+    with pytest.raises(UserError, match="labels.csv, line 3: .* a stretch has a recording and ends behind its begin"):
+        soundscape_labels(tmp_path / "labels.csv")
 
 
 def test_without_links_the_audio_is_copied(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from src import submission
 from src.config import AudioConfig
 from src.console import UserError
-from src.soundscapes import WindowStream, find_soundscapes
+from src.soundscapes import WindowStream, decode, find_soundscapes
 from tests.conftest import waveform
 
 
@@ -68,3 +68,11 @@ def test_linked_folders_are_entered_once(tmp_path):
         link.symlink_to(to, target_is_directory=True)
     assert [s.name for s in find_soundscapes(season, 60, recursive=True)] == ["card/c", "card/deep/d", "day/a"]
     assert find_soundscapes(season, 60) == []
+
+
+@pytest.mark.parametrize("rates", [(32_000, 16_000), (16_000, 32_000)])
+def test_the_first_model_s_rate_is_decoded_first(soundscapes, rates):
+    configs = [AudioConfig(sample_rate=rate, fmax=8000.0) for rate in rates]
+    found = find_soundscapes(soundscapes, 600.0)[:1]
+    batches = decode(found, lambda s: {config: submission.window_starts(s.n_rows, 5.0, 5.0) for config in configs}, 1)
+    assert tuple(dict.fromkeys(config.sample_rate for _, config, _ in batches if config)) == rates

@@ -46,6 +46,9 @@ def soundscape_labels(file: Path) -> pd.DataFrame:
         ends = table.end.map(_seconds).map(round)
     except (ValueError, OverflowError) as error:  # the latter: infinity
         raise UserError(f"{file}: {error}; the column end holds seconds or hours:minutes:seconds") from error
+    for line, (name, end) in enumerate(zip(table.filename, ends), start=2):
+        if end < 1 or not PurePosixPath(name).stem:
+            raise UserError(f"{file}, line {line}: filename {name!r}, end {end}; a stretch has a recording and ends behind its begin")
     rows = [f"{PurePosixPath(name).stem}_{end}" for name, end in zip(table.filename, ends)]
     labels = table.primary_label.str.replace(";", " ").str.split()
     united = labels.groupby(np.array(rows), sort=False).agg(lambda lists: " ".join(dict.fromkeys(label for row in lists for label in row)))

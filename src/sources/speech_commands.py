@@ -26,7 +26,7 @@ def speech_commands(source: Path, out: Path) -> DataSet:
     if both:
         raise UserError(f"{source}: {both[0]} stands in testing_list.txt and in validation_list.txt; get the archive again")
     words = [folder for folder in source.iterdir() if folder.is_dir() and not folder.name.startswith(("_", "."))]
-    here = {f"{folder.name}/{file.name}" for folder in words for file in folder.glob("*.wav")}
+    here = {f"{folder.name}/{file.name}" for folder in words for file in folder.glob("*.wav") if not file.name.startswith(".")}
     if not here:
         raise UserError(f"{source} holds no <word>/*.wav; name the folder into which the archive was unpacked")
     names = sorted(here | testing | validation)  # what is listed and not there is counted as missing

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import soundfile
 
-from ..console import UserError
+from ..console import UserError, say
 from ..storage import atomic_folder
 from .layout import DataSet
 
@@ -42,6 +42,8 @@ def ucr(source: Path, out: Path) -> DataSet:
             sounds[name] = values
     write_sounds(sounds, out / "train_audio")
     recordings, longest = pd.DataFrame(rows), max(map(len, sounds.values()))
+    if unheard := sorted(set(recordings.primary_label[recordings.fold == 0]) - set(recordings.primary_label[recordings.fold == -1])):
+        say(f"mind that {files['TRAIN']} has no series of class {', '.join(unheard)}, which {files['TEST'].name} has")
     classes = list(labels) or sorted(recordings.primary_label.unique(), key=_numbers_first)
     return DataSet(
         recordings, folds={"folds.csv": recordings.fold}, classes={label: label for label in classes},
@@ -56,7 +58,7 @@ def name_of(source: Path) -> str:
 
 
 def the_file(source: Path, part: str) -> Path:
-    found = next((files for suffix in ("tsv", "ts") if (files := sorted(source.glob(f"*_{part}.{suffix}")))), [])
+    found = next((files for suffix in ("tsv", "ts") if (files := sorted(source.glob(f"[!.]*_{part}.{suffix}")))), [])
     if len(found) != 1:
         raise UserError(f"{source} holds {len(found)} files named <Name>_{part}.tsv or .ts instead of one; name the folder of one of the archive's data sets")
     return found[0]
@@ -138,6 +140,9 @@ def _row(file: Path, number: int, label: str, *values: str) -> Row:
         series = np.array(values, float)
     except ValueError as error:
         raise UserError(f"{file}, line {number}: {error}; correct the line or delete it") from error
+    known = series[np.isfinite(series)]
+    if len(known) and known.max() / 2 - known.min() / 2 > np.finfo(float).max / 2:
+        raise UserError(f"{file}, line {number}: its values span more than a float64; correct the line or delete it")
     if not label.strip() or not len(series):
         raise UserError(f"{file}, line {number}: no label or no values; correct the line or delete it")
     return label.strip(), series

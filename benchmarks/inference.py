@@ -106,11 +106,10 @@ def gmacs_of(run: Path) -> float:
 
 
 def accuracy_of(run: Path, engine: Engine) -> str:
-    """What src.precision found of a trained run's folds."""
+    """What src.precision found of a trained run's folds; src.infer refuses one that it did not accept."""
     verdicts = [json.loads(engines.verdict_path(folder / "model.onnx", engine).read_text(encoding="utf-8")) for folder in fold_folders(run, "model.onnx")]
     changes = ", ".join(f"{one['macro_ap_f32']:.4f} -> {one['macro_ap']:.4f}" for one in verdicts)
-    kept = "kept" if all(one["accepted"] for one in verdicts) else "NOT KEPT"
-    return (f"{run}, {engine}: out-of-fold macro AP by fold {changes} (bound {engines.MACRO_AP_BOUND}, {kept}); "
+    return (f"{run}, {engine}: out-of-fold macro AP by fold {changes} (bound {engines.MACRO_AP_BOUND}); "
             f"probabilities change by {max(one['largest_change'] for one in verdicts):.1e} at most.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import time
@@ -40,6 +41,7 @@ def permuted(labels: Path, out: Path) -> Path:
 
 @resumable
 def main(argv: list[str] | None = None) -> int:
+    argparse.ArgumentParser(prog="python -m src.demo", description=__doc__).parse_args(argv)  # it has no settings
     began = time.perf_counter()
     if not (DATA / "train_metadata.csv").exists():
         say(f"making a data set of synthetic birds in {DATA}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from src.__main__ import AROUND, STAGES
 from src.console import UserError, resumable, stage
 from src.storage import atomic, atomic_folder
 
@@ -73,13 +74,14 @@ def test_readme_s_tree_names_every_file_and_no_other():
     assert not unnamed, f"the README's tree lacks {sorted(unnamed)}"
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "__init__"))
-def test_every_benchmark_is_imported_and_tells_its_settings(name, capsys):
-    module = importlib.import_module(f"benchmarks.{name}")
-    if hasattr(module, "main"):
+@pytest.mark.parametrize("name", [*(f"src.{stage}" for stage in STAGES + AROUND),
+                                  *sorted(f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "__init__")])
+def test_every_stage_and_benchmark_tells_its_settings_and_does_no_more(name, capsys):
+    module = importlib.import_module(name)
+    if name.startswith("src.") or hasattr(module, "main"):
         with pytest.raises(SystemExit) as ended:
             module.main(["--help"])
-        assert not ended.value.code and f"usage: python -m benchmarks.{name}" in capsys.readouterr().out
+        assert not ended.value.code and f"usage: python -m {name}" in capsys.readouterr().out
 
 
 def test_the_stages_are_printed_in_order():

@@ -24,6 +24,7 @@ EPSILON = 1e-10  # added to the power: silence becomes -100 dB, not -inf
 BLOCK_FRAMES = 125  # spectrogram frames computed at once: their arrays stay in a core's cache and on the heap, which halves the time
 BLOCK_SECONDS = 2.0  # decoded at once: stays in the cache too
 MAX_RATE = 2_000_000  # Hz; recorders of bats reach 500,000
+UNKNOWN_LENGTH = 2**63 - 1  # samples, by libsndfile
 MIN_BYTES_PER_SECOND = 8  # a header that claims more audio than this per byte of file is damaged
 MISSING, CANNOT_OPEN = "missing file", "cannot be opened"  # no damage: another try may succeed
 
@@ -53,6 +54,8 @@ def read_header(path: Path | str) -> Header:
     if header.n_samples <= 0:
         raise DamagedAudio("no samples" if size < 1000 else f"the header counts no samples in {size} bytes: the file was not closed; "
                            "ffmpeg -i OLD NEW recovers what it holds")
+    if header.n_samples == UNKNOWN_LENGTH:  # an encoder that wrote into a pipe
+        raise DamagedAudio("the header does not say how long it is; ffmpeg -i OLD NEW.flac writes it anew")
     if not 1000 <= header.sample_rate <= MAX_RATE or header.seconds > size / MIN_BYTES_PER_SECOND + 1:
         raise DamagedAudio(f"header claims {header.seconds:.0f} s at {header.sample_rate} Hz in {size} bytes")
     if excess:

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-import pandas as pd
 
 from .audio import CANNOT_OPEN
 from .config import AudioConfig, differences
 from .console import UserError, say
-from .metadata import read_csv
-from .soundscapes import Overview, Soundscape, beside
-from .storage import atomic, journal_line, owned, read_journal, safe_cell, write_text
+from .soundscapes import Overview, Soundscape
+from .species import Names
+from .storage import append_to_journal, atomic, journal_line, owned, read_journal, safe_cell, write_text
 from .submission import ROW_SECONDS
 
 SUFFIXES = {"raven": ".raven.txt", "audacity": ".audacity.txt", "csv": ".detections.csv"}
@@ -30,9 +29,6 @@ ENDS = 2**16  # bytes of a recording's begin and of its end
 JOURNAL, ALL = "done.jsonl", "all_detections.csv"
 ENTRY = {"file", "seconds_decoded", "fault"}  # what a line of the journal holds, beside _state
 LONGEST_NAME = 255  # bytes
-NAME_COLUMNS = (("SPECIES_CODE", "SCI_NAME", "PRIMARY_COM_NAME"), ("primary_label", "scientific_name", "common_name"))
-
-Names = dict[str, tuple[str, str]]  # label -> scientific name, common name; "" where unknown
 
 
 @dataclass(frozen=True)
@@ -53,66 +49,6 @@ def find_detections(probability: np.ndarray, known: np.ndarray, classes: Sequenc
             end = max(min(stop * ROW_SECONDS, seconds), first * ROW_SECONDS)
             found.append(Detection(first * ROW_SECONDS, end, classes[species], float(probability[first:stop, species].max())))
     return sorted(found, key=lambda d: (d.start, -d.probability, d.label))
-
-
-def read_names(file: Path | None, folder: Path) -> Names:
-    """Species' names from a taxonomy (eBird's columns or BirdCLEF's), by default from a table beside the soundscapes' folder."""
-    candidates = [file] if file else [path for pattern in ("taxonomy.csv", "eBird_Taxonomy_v*.csv", "train_metadata.csv") for path in beside(folder, pattern)]
-    for path in candidates:
-        table = read_csv(path)
-        label, scientific, common = next((names for names in NAME_COLUMNS if names[0] in table), (None, None, None))
-        if label is None:
-            raise UserError(f"{path} has neither the column SPECIES_CODE nor primary_label; name another --taxonomy")
-        empty = pd.Series("", table.index)
-        return dict(zip(table[label], zip(table.get(scientific, empty), table.get(common, empty))))
-    return {}
-
-
-def choose_thresholds(classes: Sequence[str], names: Names, *, threshold: float, per_species: Path | None, species: Path | None) -> np.ndarray:
-    """(C,) the probability from which a species counts as detected; infinite for species that are not on the list."""
-    thresholds = pd.Series(threshold, classes, dtype=float)
-    if per_species is not None:
-        table = read_csv(per_species)
-        if not {"primary_label", "threshold"} <= set(table.columns):
-            raise UserError(f"{per_species} needs the columns primary_label and threshold")
-        values = pd.to_numeric(table.threshold, errors="coerce")
-        if not values.between(0, 1).all():
-            row = int(np.flatnonzero(~values.between(0, 1))[0])
-            raise UserError(f"{per_species}, row {row + 2}: threshold {table.threshold[row]!r} is not within 0 and 1")
-        _tell_unknown(per_species, table.primary_label[~table.primary_label.isin(classes)])
-        known = table.primary_label.isin(classes)
-        thresholds[table.primary_label[known]] = values[known].to_numpy()
-    if species is not None:
-        listed = _read_species(species, classes, names)
-        thresholds[~thresholds.index.isin(listed)] = np.inf
-    return thresholds.to_numpy()
-
-
-def _read_species(file: Path, classes: Sequence[str], names: Names) -> set[str]:
-    """The labels that a list names by code, scientific or common name, or as BirdNET does: Scientific name_Common name."""
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not a readable list of species: {error}") from error
-    labels_of: dict[str, set[str]] = {}  # several may share a name
-    for label in classes:
-        for name in filter(None, names.get(label, ())):
-            labels_of.setdefault(name.casefold(), set()).add(label)
-    labels_of |= {label: {label} for label in classes}
-    listed, unknown = set(), []
-    for line in filter(None, lines):
-        found = next((labels_of[key] for part in (line, *line.split("_")) for key in (part, part.casefold()) if key in labels_of), set())
-        listed |= found
-        unknown += [line] * (not found)
-    if not listed:
-        raise UserError(f"{file} names none of the models' species ({', '.join(classes[:5])}, ...); one code or name a line")
-    _tell_unknown(file, unknown)
-    return listed
-
-
-def _tell_unknown(file: Path, unknown: Sequence[str]) -> None:
-    if len(unknown):
-        say(f"{file}: {len(unknown)} line(s) of no species of the models are passed over: {', '.join(list(unknown)[:5])}")
 
 
 def _text_cell(text: str) -> str:
@@ -171,6 +107,7 @@ class DetectionTables:
         self._held = ExitStack()
         self._held.enter_context(owned(folder))
         self.restart, self.entries = restart, {} if restart else self._read_journal()
+        self.gone: list[Soundscape] = []  # done in an earlier run, and no longer in the folder: on another memory card, say
 
     def __enter__(self) -> DetectionTables:
         return self
@@ -191,12 +128,20 @@ class DetectionTables:
         return entries
 
     def to_do(self, soundscapes: Sequence[Soundscape], *, again: bool = False) -> list[Soundscape]:
-        """The soundscapes whose tables are not there yet, or whose recording has changed; all, if they are done `again`."""
+        """The soundscapes whose tables are not there yet, or whose recording has changed; all, if they are done `again`. What earlier runs did of
+        recordings that are no longer in the folder stays."""
         require_names_that_fit([path for s in soundscapes for path in self._outputs(s).values()])
         if self.restart:
             self._clear()
-        done = {} if again else self.entries
+        done, names = {} if again else self.entries, {s.name for s in soundscapes}
         kept = {s.name: entry for s in soundscapes if (entry := done.get(self._file(s))) and self._is_done(s, entry)}
+        earlier = [Soundscape(self.soundscapes / file, PurePosixPath(file).with_suffix("").as_posix(), 0.0, 0, 0, entry["seconds_decoded"], entry["fault"])
+                   for file, entry in self.entries.items() if "bytes" in entry and CANNOT_OPEN not in entry["fault"]]
+        self.gone = [s for s in earlier if s.name not in names and self._has_tables(s)]
+        if self.gone:
+            say(f"{self.folder}: {len(self.gone)} recording(s) of earlier runs, {self._file(self.gone[0])} for one, are no longer in {self.soundscapes}; "
+                "their tables stay (--restart deletes them)")
+        kept |= {s.name: self.entries[self._file(s)] for s in self.gone}
         for soundscape in soundscapes:
             if soundscape.name in kept:
                 soundscape.seconds_decoded, soundscape.fault = kept[soundscape.name]["seconds_decoded"], kept[soundscape.name]["fault"]
@@ -215,8 +160,11 @@ class DetectionTables:
     def _is_done(self, soundscape: Soundscape, entry: dict) -> bool:
         state = _state(soundscape.path)
         whole = bool(state) and entry.items() >= state.items() and CANNOT_OPEN not in entry["fault"]
+        return whole and self._has_tables(soundscape)
+
+    def _has_tables(self, soundscape: Soundscape) -> bool:
         outputs = self._outputs(soundscape)
-        if not whole or not all(path.exists() for path in outputs.values()):
+        if not all(path.exists() for path in outputs.values()):
             return False
         if "csv" in outputs:
             require_our_csv(outputs["csv"])
@@ -240,8 +188,7 @@ class DetectionTables:
         if self.pictures:
             self._draw(outputs["picture"], soundscape, np.where(known[:, None], probability, 0.0))
         entry = {"file": file, **_state(soundscape.path), "seconds_decoded": soundscape.seconds_decoded, "fault": soundscape.fault}
-        with open(self.folder / JOURNAL, "a", encoding="utf-8") as journal:
-            journal.write(journal_line(entry))
+        append_to_journal(self.folder / JOURNAL, entry)
         self.entries[file] = entry
 
     def _draw(self, path: Path, soundscape: Soundscape, probability: np.ndarray) -> None:
@@ -253,15 +200,17 @@ class DetectionTables:
         plots.timeline(path, overview.image(seconds), probability[:, shown], [_common(label, self.names)
                        for label in np.array(self.classes)[shown]], overview.config, row_seconds=ROW_SECONDS, heading=self._file(soundscape))
 
-    def finish(self, soundscapes: Sequence[Soundscape]) -> None:
-        """One table of all recordings, where CSV is asked for."""
+    def finish(self, soundscapes: Sequence[Soundscape]) -> list[Soundscape]:
+        """One table of all recordings, where CSV is asked for. Returns these and the earlier runs' recordings, by name."""
+        soundscapes = sorted([*self.gone, *soundscapes], key=lambda soundscape: soundscape.path)
         if "csv" not in self.formats:
-            return
+            return soundscapes
         with atomic(self.folder / ALL) as partial, open(partial, "w", encoding="utf-8", newline="") as whole:
             whole.write(",".join(CSV) + "\n")
             for soundscape in soundscapes:
                 if self._file(soundscape) in self.entries:
                     whole.write(self._outputs(soundscape)["csv"].read_text(encoding="utf-8").partition("\n")[2])
+        return soundscapes
 
 
 def require_our_csv(path: Path) -> None:

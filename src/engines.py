@@ -36,7 +36,7 @@ class Engine:
         return self.precision != "f32"
 
     def __str__(self) -> str:
-        return f"{self.name} {version(self.name)}, {self.precision}"
+        return f"{self.name} {onnxruntime.__version__ if self.name == 'onnxruntime' else version(self.name)}, {self.precision}"
 
 
 def choose(name: str, precision: str) -> Engine:

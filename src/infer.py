@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import audio, competitions, detections, engines, submission
+from . import audio, competitions, detections, engines, species, submission
 from .console import UserError, say, stage, usable_cores
 from .deadline import Guard
 from .onnx_models import OnnxModel, find_models
@@ -148,16 +148,16 @@ def main(argv: list[str] | None = None) -> int:
             raise
         faults = file.write_and_check() if file else []  # first, since all else can be made again
         if tables:
-            tables.finish(soundscapes)
+            tabled = tables.finish(soundscapes)
             say(f"wrote {options.tables}: {', '.join(name for name in options.format if name in detections.SUFFIXES) or 'pictures'}")
     failures = options.out.with_name(options.out.stem + "_failures.csv") if file else options.tables / "failures.csv"
-    list_failures(failures, soundscapes, "hold the prior" if file else "hold no detection")
+    list_failures(failures, soundscapes if file else tabled, "hold the prior" if file else "hold no detection")
     return verdict(f"wrote {options.out}: {sum(s.n_rows for s in soundscapes)} rows x {len(classes)} species, ", faults) if file else 0
 
 
 def open_tables(options: argparse.Namespace, models: list[OnnxModel], classes: Sequence[str]) -> detections.DetectionTables:
-    names = detections.read_names(options.taxonomy, options.soundscapes)
-    thresholds = detections.choose_thresholds(classes, names, threshold=options.threshold, per_species=options.thresholds, species=options.species)
+    names = species.read_names(options.taxonomy, options.soundscapes)
+    thresholds = species.choose_thresholds(classes, names, threshold=options.threshold, per_species=options.thresholds, species=options.species)
     settings = {"soundscapes": str(options.soundscapes.resolve()), "models": [sha256(model.path) for model in models], "precision": options.precision,
                 "hop_seconds": options.hop_seconds, "pooling": options.pooling, "recursive": options.recursive,
                 "to_the_end": "submission" not in options.format}

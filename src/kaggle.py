@@ -107,7 +107,7 @@ def find_soundscapes(competition: Path) -> Path:
 
 def aside(module: str, *words: str, seconds: float) -> str:
     """Runs a stage in a process of its own, so that neither its crash nor its hang ends the notebook. Returns what went wrong; "" where nothing did."""
-    this_code = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    this_code = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))}
     try:
         done = subprocess.run([sys.executable, "-P", "-m", module, *words], capture_output=True, text=True, timeout=seconds, env=this_code)
     except subprocess.TimeoutExpired:

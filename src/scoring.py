@@ -120,8 +120,8 @@ def score(soundscapes: list[Soundscape], ensemble: Ensemble, *, batch_size: int,
             bar.update(round(total - guard.rows_left) - bar.n)
             before = guard.forecast(guard.plan)
             if guard.revise():
-                say(f"deadline: {before / 60:.2f} min to go, {guard.left() / 60:.2f} min left: from here on windows every {guard.plan.hop_seconds:g} s, "
-                    f"{guard.plan.n_models} of {len(ensemble.models)} model(s)")
+                say(f"deadline: {before / 60:.2f} min to go, {guard.left() / 60:.2f} min left: {guard.plan.n_models} of {len(ensemble.models)} "
+                    f"model(s) from here on, windows every {guard.plan.hop_seconds:g} s from the next soundscape on")
     for number, soundscape in enumerate(soundscapes[n_done:], start=n_done):
         result = ensemble.rows(number, soundscape, complete=False)
         soundscape.fault = soundscape.fault or f"{TIME_WAS_UP}: {result.known.sum()} of {soundscape.n_rows} rows are scored"

@@ -19,6 +19,7 @@ from .containers import mp3_fault
 
 QUEUED_BATCHES = 16  # decoded ahead of the model
 OTHER_SOUND = (".m4a", ".mp4", ".aac", ".wma", ".amr", ".3gp", ".caf", ".w64", ".wac", ".mov", ".avi", ".mkv", ".webm", ".mts")  # ffmpeg reads most
+NOT_RECORDINGS = ("$RECYCLE.BIN", "System Volume Information")  # what Windows keeps on a disk or a memory card
 OVERVIEW_COLUMNS = 2000  # as many as a screen shows
 
 
@@ -83,7 +84,7 @@ def _below(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in NOT_RECORDINGS)
         found += [Path(at, name) for name in names]
     return found
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # what installs the wheels on Kaggle needs no pandas
     import pandas as pd
 
 
+FORMULA = tuple("=+-@\t\r")  # a spreadsheet runs a cell that begins so
+
+
 @contextlib.contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is flushed to disk and takes the final name.
@@ -102,6 +105,14 @@ def journal_line(record: dict) -> str:
     return f"{zlib.crc32(text.encode()):08x} {text}\n"
 
 
+def append_to_journal(path: Path, record: dict) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as journal:
+            journal.write(journal_line(record))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def read_journal(path: Path) -> list[dict]:
     """What `journal_line` wrote there, an empty record for a damaged line, and nothing for a torn last one."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
@@ -161,4 +172,9 @@ def fold_folders(run: Path, *files: str) -> list[Path]:
 
 def safe_cell(text: str) -> str:
     """A text cell for a table that people open: a leading = + - @ would run as a formula in a spreadsheet."""
-    return "'" + text if text[:1] in tuple("=+-@\t\r") else text
+    return "'" + text if text[:1] in FORMULA else text
+
+
+def unsafe_cell(text: str) -> str:
+    """What `safe_cell` was given."""
+    return text[1:] if text[:1] == "'" and text[1:2] in FORMULA else text

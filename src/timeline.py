@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--first {options.first} must be 1 or more")
     table, config = submission.read_rows(options.submission), AudioConfig()
     present, classes = submission.read_labels(options.labels) if options.labels else None, table.columns.tolist()
+    if present and not {*present} & {*table.index}:
+        raise UserError(f"{options.labels} and {options.submission} have no row_id in common ({next(iter(present))}, for one); name these soundscapes' labels")
     seconds = competitions.competition(options.competition).soundscape_seconds
     soundscapes = find_soundscapes(options.soundscapes, seconds, recursive=options.recursive)[: options.first]
     for soundscape in progress(soundscapes, what="drawing", unit="file"):

@@ -254,6 +254,12 @@ def test_a_wheel_is_installed_where_its_package_is_absent(tmp_path):
     assert done.returncode and "cannot be installed here" in done.stderr and "not a supported wheel" in done.stderr
 
 
+def test_a_stage_in_a_process_of_its_own_finds_what_this_one_finds(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere.py").write_text("import sys, src.kaggle\nsys.exit(src.kaggle.__file__ != sys.argv[1])\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert kaggle.aside("elsewhere", kaggle.__file__, seconds=60) == ""
+
+
 @pytest.mark.parametrize("mount", ["birdclef-2023", "competitions/birdclef-2023"])
 def test_the_competition_is_found_under_both_mounts(tmp_path, mount, capsys):
     (tmp_path / "asca-birdclef").mkdir()

@@ -14,8 +14,9 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src import audio, detections, infer
+from src import audio, detections, infer, species
 from src.audio import CANNOT_OPEN, DamagedAudio
+from src.console import UserError
 from src.detections import Detection
 from src.storage import read_journal
 from tests.conftest import make_soundscape, raise_, waveform
@@ -97,15 +98,15 @@ def runs(text: str) -> list[tuple[str, int]]:
 
 
 def test_thresholds_species_and_names(tmp_path, field, capsys):
-    names = detections.read_names(None, field / "season")
+    names = species.read_names(None, field / "season")
     assert names["demcuc1"] == ("Cuculus demo", "Demo Cuckoo")
     classes = ["demcuc1", "demdov1", "demowl1"]
 
-    def choose(thresholds=None, species=None):
-        for name, text in (("t.csv", thresholds), ("l.txt", species)):
+    def choose(thresholds=None, listed=None):
+        for name, text in (("t.csv", thresholds), ("l.txt", listed)):
             (tmp_path / name).write_text(text or "")
-        return detections.choose_thresholds(classes, names, threshold=0.5, per_species=tmp_path / "t.csv" if thresholds else None,
-                                            species=tmp_path / "l.txt" if species else None).tolist()
+        return species.choose_thresholds(classes, names, threshold=0.5, per_species=tmp_path / "t.csv" if thresholds else None,
+                                            species=tmp_path / "l.txt" if listed else None).tolist()
 
     assert choose("primary_label,threshold\ndemdov1,0.8\nother,0.3\n") == [0.5, 0.8, 0.5] and "passed over: other" in capsys.readouterr().out
     assert choose(None, "demo cuckoo\n\nCuculus demo_Demo Cuckoo\ndemowl1\nRara avis\n") == [0.5, np.inf, 0.5]
@@ -113,10 +114,17 @@ def test_thresholds_species_and_names(tmp_path, field, capsys):
     names["demowl1"] = ("Cuculus demo", "Another")
     assert choose(None, "cuculus demo\n") == [0.5, np.inf, 0.5]  # of a name that two labels share, both
     for bad, message in (("primary_label,threshold\ndemdov1,x\n", "row 2: threshold 'x'"), ("label,t\na,1\n", "needs the columns")):
-        with pytest.raises(detections.UserError, match=message):
+        with pytest.raises(UserError, match=message):
             choose(bad)
-    with pytest.raises(detections.UserError, match="none of the models' species"):
+    with pytest.raises(UserError, match="none of the models' species"):
         choose(None, "Rara avis\n")
+    table = tmp_path / "taxonomy.csv"
+    table.write_text("SCIENTIFIC_NAME,COMMON_NAME,SPECIES_CODE\nCuculus demo,Demo Cuckoo,demcuc1\n")  # as eBird's web service writes it
+    assert species.read_names(table, tmp_path) == {"demcuc1": ("Cuculus demo", "Demo Cuckoo")}
+    table.write_text("SPECIES_CODE,FAMILY\ndemcuc1,Cuculidae\n")
+    assert species.read_names(None, tmp_path / "season") == {} and "taxonomy.csv is passed over" in capsys.readouterr().out
+    with pytest.raises(UserError, match="lacks a species' code or its names"):
+        species.read_names(table, tmp_path)
 
 
 def test_cells_are_no_formulas_and_break_no_table():
@@ -180,6 +188,32 @@ def test_another_recording_of_the_same_name_size_and_time_is_not_done(tmp_path, 
     os.utime(card / "a.wav", ns=(facts.st_atime_ns, facts.st_mtime_ns))
     assert (card / "a.wav").stat().st_size == facts.st_size and infer.main(flags) == 0
     assert "recordings are done" not in capsys.readouterr().out and (tmp_path / "t/a.detections.csv").read_bytes() != before
+
+
+def test_what_an_earlier_card_held_stays_in_the_tables(tmp_path, run, capsys):
+    """A folder that is filled from one memory card after the other, and one day is not mounted."""
+    card, tables = tmp_path / "card", tmp_path / "t"
+    (card / "$RECYCLE.BIN").mkdir(parents=True)
+    for name in ("first.wav", "$RECYCLE.BIN/deleted.wav"):
+        soundfile.write(card / name, waveform(6), 32_000)
+    (card / "empty.wav").touch()
+    flags = ["--run", str(run), "--soundscapes", str(card), "--recursive", "--tables", str(tables), "--format", "csv", "--threshold", "0", "--threads", "1"]
+    assert infer.main(flags) == 0
+    once, failures = pd.read_csv(tables / "all_detections.csv"), (tables / "failures.csv").read_text()
+    assert set(once.file) == {"first.wav"} and "empty.wav" in failures, "deleted recordings are none"
+    (card / "first.wav").rename(tmp_path / "first.wav")
+    (card / "empty.wav").unlink()
+    capsys.readouterr()
+    assert infer.main(flags) == 0 and "2 recording(s) of earlier runs, empty.wav for one, are no longer in" in capsys.readouterr().out
+    assert pd.read_csv(tables / "all_detections.csv").equals(once) and (tables / "failures.csv").read_text() == failures
+    soundfile.write(card / "second.wav", waveform(6), 32_000)
+    assert infer.main(flags) == 0 and list(dict.fromkeys(pd.read_csv(tables / "all_detections.csv").file)) == ["first.wav", "second.wav"]
+    (tmp_path / "first.wav").rename(card / "first.wav")
+    capsys.readouterr()
+    assert infer.main(flags) == 0 and "2 of 2 recordings are done" in capsys.readouterr().out
+    (card / "first.wav").unlink()
+    assert infer.main([*flags, "--restart"]) == 0 and set(pd.read_csv(tables / "all_detections.csv").file) == {"second.wav"}
+    assert not (tables / "first.detections.csv").exists()
 
 
 def test_what_could_not_be_opened_is_tried_again(tmp_path, run, monkeypatch, capsys):

@@ -267,6 +267,9 @@ def test_timelines_are_drawn(tmp_path, run, soundscapes, monkeypatch, capsys):
     assert timeline.main(flags) == 0
     assert {p.name for p in (tmp_path / "p").iterdir()} == {"a_1.png", "b.png", "c.png"}
     assert {name: np.argwhere(truth).tolist() for name, truth in truths.items()} == {"a_1": [], "b": [], "c": [[1, 1]]}
+    (tmp_path / "l.csv").write_text("row_id,labels\nelsewhere_10,demdov1\n")
+    assert timeline.main(flags) == 1 and "no row_id in common (elsewhere_10, for one)" in capsys.readouterr().err
+    (tmp_path / "l.csv").write_text("row_id,labels\nc_10,demdov1\n")
     whole = (tmp_path / "s.csv").read_text()
     for text, fault in (("file,label\na,b\n", "is no submission"), (whole.replace("0.", "x.", 1), "could not convert"),
                         (whole + whole.splitlines()[-1] + "\n", "1 row_ids stand there twice, c_30 for one"), (whole.replace("0.", "inf,0.", 1), "more cells")):

@@ -11,13 +11,13 @@ import pytest
 
 from src.__main__ import AROUND, STAGES
 from src.console import UserError, resumable, stage
-from src.storage import atomic, atomic_folder
+from src.storage import atomic, atomic_folder, safe_cell, unsafe_cell
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
     {"console", "config", "containers", "storage", "settings", "competitions", "deadline"},
     {"audio", "metrics", "metadata", "submission", "plots", "checkpoint", "demo_data", "onnx_models", "run_config", "engines", "soundscapes",
-     "scoring", "detections"},
+     "scoring", "species", "detections"},
     {"prepare", "sources", "folds", "folds_audit", "cache", "augment", "waveforms", "dataset", "models", "predict", "mistakes", "losses", "devices",
      "cuda_graphs", "train_settings", "optimiser", "soft_labels", "initialise", "weight_noise"},
     {"train", "fold_training", "report", "evaluate", "export", "infer"},
@@ -99,6 +99,11 @@ def test_what_cannot_be_written_leaves_nothing_under_the_final_name(tmp_path):
         partial.write_text("half")
         raise KeyboardInterrupt
     assert [p.name for p in tmp_path.iterdir()] == ["x.csv"] and (tmp_path / "x.csv").read_text() == "old"
+
+
+@pytest.mark.parametrize("text", ["=cmd.wav", "-1.ogg", "'apapane/XC1.ogg", "plain.ogg", "'", ""])
+def test_a_cell_that_is_no_formula_any_more_can_be_read_back(text):
+    assert not safe_cell(text).startswith(("=", "-")) and unsafe_cell(safe_cell(text)) == text
 
 
 def test_a_folder_is_replaced_whole_and_a_link_s_target_is_left_alone(tmp_path):

@@ -52,9 +52,11 @@ class AugmentSettings:
     spec_augment_probability: float = 0.5
     """Share of the crops that are masked."""
     frequency_masks: int = 2
+    """Most masks on a crop; their number is drawn from 0 on."""
     frequency_mask_bins: int = 16
     """Longest mask, of 128 mel bins."""
     time_masks: int = 2
+    """Most masks on a crop; their number is drawn from 0 on."""
     time_mask_frames: int = 50
     """Longest mask: 50 frames = 0.5 s."""
     mixup_probability: float = 0.0

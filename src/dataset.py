@@ -54,10 +54,15 @@ class Crops(Dataset):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitems__(self, keys: Sequence[Key]) -> dict[str, Tensor]:
+    def __getitems__(self, keys: Sequence[Key]) -> dict[str, Tensor] | UserError:
+        """A batch; or what keeps it from being made, since an exception would leave a loader's process as a traceback."""
         rows = np.array([row for _, _, row in keys])
+        try:
+            crops = np.stack([self.crop(*key) for key in keys])
+        except UserError as error:
+            return error
         return {
-            "crop": torch.from_numpy(np.stack([self.crop(*key) for key in keys])),
+            "crop": torch.from_numpy(crops),
             "target": torch.from_numpy(self.target[rows]),
             "weight": torch.from_numpy(self.weight[rows]),
             "row": torch.from_numpy(rows),

@@ -183,7 +183,7 @@ class FoldTraining:
         if settings.cuda_graphs and not settings.compile and alone:
             replayed(self.network, torch.zeros(self.sampler.batch_size, 1, config.n_mels, config.window_frames, device=accelerator.device))
 
-    def epoch(self, epoch: int, batches: Iterator[dict[str, Tensor]]) -> float:
+    def epoch(self, epoch: int, batches: Iterator[dict[str, Tensor] | UserError]) -> float:
         """Trains on the next epoch's batches and returns the mean loss. Every draw follows from (seed, epoch, part, process)."""
         accelerator, n_parts = self.accelerator, self.sampler.parts_per_epoch
         torch.manual_seed(int(np.random.SeedSequence((self.settings.seed, epoch, accelerator.process_index)).generate_state(1)[0]))  # drop-path, noise
@@ -191,6 +191,8 @@ class FoldTraining:
         total, before = 0.0, None
         with progress(islice(batches, n_parts), total=n_parts, what=f"fold {self.fold}, epoch {epoch + 1}/{self.settings.epochs}", unit="batch") as bar:
             for part, batch in enumerate(bar):
+                if isinstance(batch, UserError):
+                    raise batch
                 loss = self.learn(batch, epoch, part)
                 # The value is read one part late: a GPU works on this part while the process waits for the one before.
                 total += self.value_of(before)
@@ -266,8 +268,9 @@ class FoldTraining:
         target, weight = targets(self.held_out, self.classes, self.settings.secondary_labels, self.settings.secondary_weight)
         clipped = probability.clip(1e-7, 1 - 1e-7)
         loss = -(target * np.log(clipped) + (1 - target) * np.log(1 - clipped)) * weight
-        return {"valid_loss": float(loss.mean()), "valid_top1": float(metrics.top1(target, probability).mean()),
-                "valid_macro_ap": float(np.nanmean(metrics.per_class(target, probability)[0]))}
+        truth = (target > 0).astype(np.float32)  # as src.evaluate has it, also where secondary labels are soft
+        return {"valid_loss": float(loss.mean()), "valid_top1": float(metrics.top1(truth, probability).mean()),
+                "valid_macro_ap": float(np.nanmean(metrics.per_class(truth, probability)[0]))}
 
     def draw_batch(self, log_mel: Tensor, target: Tensor) -> None:
         titles = []

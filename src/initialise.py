@@ -141,7 +141,7 @@ def require_unheard(folder: Path, config: dict, held_out: Collection[str]) -> No
         tell_heard(Path(settings["noise"]), held_out)
     if settings.get("init"):
         try:
-            earlier = weights_of(Path(settings["init"]), int(folder.name[4:]))[1]
+            earlier = weights_of(Path(settings["init"]), int(settings["fold"][0]))[1]
         except UserError as error:
             say(f"cannot check what {folder} began from: {error}")
             return

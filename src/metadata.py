@@ -82,6 +82,9 @@ def read_metadata(data: Sequence[Path | str], metadata: Path | str | None = None
         unknown = table.is_extra & ~table.primary_label.isin([*classes, ""])
         say(f"further folders: {table.is_extra.sum()} recordings, less {copies.sum()} copies and "
             f"{(unknown & ~copies).sum()} of species that are not among the {len(classes)} classes")
+        namesakes = table.filename[copies & table.filename.duplicated() & (table.recording_id == table.filename)]
+        if len(namesakes):
+            say(f"{len(namesakes)} of these copies, {namesakes.iloc[0]} for one, were known by their whole name alone; rename what is another recording")
         table = table[~(copies | unknown)].reset_index(drop=True)
     return Metadata(table.assign(copy_group=copy_groups(table)), classes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -47,7 +48,14 @@ def train_fold(settings: TrainSettings, fold: int, metadata: Metadata, folds: di
         say(f"fold {fold}: {len(training.training)} recordings in training, {len(training.held_out)} held out, {len(training.classes)} classes; "
             f"{settings.model} with {parameters / 1e6:.2f} M parameters on {accelerator.num_processes} x {accelerator.device.type} "
             f"({'fp32' if accelerator.mixed_precision == 'no' else accelerator.mixed_precision}, {torch.get_num_threads()} CPU threads)")
-        training.run()
+        if training.sampler.batch_size != settings.batch_size:
+            say(f"fold {fold}: batches of {training.sampler.batch_size}, since there are not {settings.batch_size} recordings")
+        try:
+            training.run()
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"the memory of {accelerator.device} does not hold a part of {training.sampler.batch_size // training.sampler.parts} crops; "
+                            f"--accumulate {2 * settings.accumulate} halves it, --batch-size, --input-side and --model make it smaller too (with --restart, "
+                            "since other settings are another training)") from error
         accelerator.wait_for_everyone()
         say(f"fold {fold}: wrote {folder}")
 
@@ -67,7 +75,7 @@ def require_sensible(settings: TrainSettings) -> None:
                                (("label_smoothing", "ema_decay", "drop_path"), lambda value: 0 <= value < 1, "at least 0 and below 1"),
                                (("learning_rate", "warmup_epochs", "weight_decay", "clip_gradient", "weight_noise", "seed", "threads", "gain_db", "filter_db",
                                  "stretch", "mel_shift_bins", "mixup_alpha", "frequency_masks", "frequency_mask_bins", "time_masks", "time_mask_frames"),
-                                lambda value: value >= 0, "not below 0"),
+                                lambda value: 0 <= value < math.inf, "a number not below 0"),
                                (("soft_weight", "secondary_weight", *(name for name in values if name.endswith("_probability"))),
                                 lambda value: 0 <= value <= 1, "between 0 and 1"),
                                (("seed",), lambda value: value < 2**63, "below 2^63"), (("sampling_power",), math.isfinite, "a finite number")):
@@ -105,10 +113,13 @@ def main(argv: list[str] | None = None) -> None:
     if not names.isin(list(folds)).all():
         missing = names[~names.isin(list(folds))]
         raise UserError(f"{settings.folds} lacks {len(missing)} recordings of the metadata, {missing.iloc[0]} for one; make it again with src.folds")
-    uncached = [name for name in metadata.table.filename if name not in cache and name not in cache.damaged]
-    if uncached:
-        raise UserError(f"{settings.cache} lacks {len(uncached)} recordings of the metadata, {uncached[0]} for one; "
+    uncached = metadata.table[[name not in cache and name not in cache.damaged for name in metadata.table.filename]]
+    gone = uncached.is_extra & ~uncached.path.map(os.path.exists).astype(bool)
+    if not gone.all():
+        raise UserError(f"{settings.cache} lacks {(~gone).sum()} recordings of the metadata, {uncached.filename[~gone].iloc[0]} for one; "
                         "run src.cache with the same --data and --metadata")
+    if gone.any():  # copies are known by their duration, and so by their file
+        say(f"{len(uncached)} recordings of further folders, {uncached.filename.iloc[0]} for one, are neither there nor in the cache, and are left out")
     damaged = metadata.table.filename.isin(list(cache.damaged)).sum()
     known = sorted({fold for fold in folds.values() if fold >= 0})
     wanted = known if settings.fold == ("all",) else settings.fold

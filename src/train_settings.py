@@ -41,7 +41,7 @@ class TrainSettings:
     batch_size: int = 32
     """Crops of one optimiser step, over all processes."""
     accumulate: int = 1
-    """Work through a batch in so many parts: a smaller GPU holds the same recipe."""
+    """Work through a batch in so many parts, where the memory is small; batch norm and mixup see one part at a time."""
     learning_rate: float = 1e-3
     """At the end of the warm-up; a cosine takes it to 0."""
     warmup_epochs: float = 5.0

@@ -121,13 +121,15 @@ def test_of_several_crops_the_loudest_is_chosen(data, cached):
     assert starts[0] == pytest.approx(1 / 2, abs=0.15) and starts[1] == pytest.approx(8 / 9, abs=0.06)  # the mean of one draw, and of the highest of eight
 
 
-def test_held_out_windows_cover_the_first_minute(cached):
+def test_held_out_windows_cover_the_first_minute(cached, monkeypatch):
     opened = Cache(cached)
     windows = HeldOutWindows(opened.names, opened)
     for place, name in enumerate(opened.names):
         n = sum(1 for p, _ in windows.places if p == place)
         assert n == max(1, round((opened.n_frames(name) - 1) / 500))
     assert all(windows[item][0].shape == (500, 128) for item in range(len(windows)))
+    monkeypatch.setattr("src.dataset.SCORED_SECONDS", 5.0)  # as if a minute were so short
+    assert len(windows) > len(HeldOutWindows(opened.names, opened)) == len(opened.names)
 
 
 def test_background_noise_meets_its_snr_and_leaves_silence_alone(data, rng):

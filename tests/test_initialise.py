@@ -143,7 +143,7 @@ def test_another_run_gives_all_but_the_head_and_never_a_recording_it_was_trained
             begin(place, "asca_test", 7, **OF_THE_RUN, held_out=heard)
     folds = pd.read_csv(data / "folds.csv").assign(fold=lambda table: table.fold.where(table.filename.isin(held_out), -2))
     folds.to_csv(tmp_path / "left_out.csv", index=False)  # as if only these had been in training
-    aside = shutil.copytree(run / "fold0", tmp_path / "aside/fold0")
+    aside = shutil.copytree(run / "fold0", tmp_path / "aside")  # under another name
     config = read_config(aside)
     config["settings"]["folds"] = str(tmp_path / "left_out.csv")
     (aside / "config.yaml").write_text(yaml.safe_dump(config))
@@ -163,6 +163,7 @@ def test_another_run_gives_all_but_the_head_and_never_a_recording_it_was_trained
     assert "other log-mels" not in capsys.readouterr().out
     config = read_config(run / "fold0")
     config["audio"]["fmax"] = 12000.0
+    config["settings"]["init"] = str(run)
     (aside / "config.yaml").write_text(yaml.safe_dump(config))
     begin(aside, "asca_test", 7, **OF_THE_RUN, held_out=held_out)
     assert "was trained on other log-mels (fmax: 12000" in capsys.readouterr().out

@@ -111,13 +111,14 @@ def test_targets_treat_secondary_labels_as_asked(tmp_path):
         assert got[0][0].tolist() == target and got[1][0].tolist() == weight, kind
 
 
-def test_further_folders_leave_out_copies_and_unknown_species(tmp_path):
+def test_further_folders_leave_out_copies_and_unknown_species(tmp_path, capsys):
     (tmp_path / "main").mkdir(), (tmp_path / "extra").mkdir()
     write(tmp_path / "main", [{"filename": "a/XC1.ogg"}, {"filename": "a/XC2.ogg"}, {"filename": "a/0001.wav"}])
     write(tmp_path / "extra", [{"filename": "other/XC1.ogg"}, {"filename": "a/XC9.ogg"}, {"primary_label": "new", "filename": "n/XC3.ogg"},
                                {"filename": "b/0001.wav"}, {"filename": "a/0001.wav"}])
     table = read_metadata([tmp_path / "main", tmp_path / "extra"]).table
     assert table.filename[table.is_extra].tolist() == ["a/XC9.ogg", "b/0001.wav"]  # a number is no archive's
+    assert "1 of these copies, a/0001.wav for one, were known by their whole name alone" in capsys.readouterr().out
     assert table.copy_group.nunique() == len(table)
 
 

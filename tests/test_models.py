@@ -21,7 +21,8 @@ def log_mel(batch: int) -> torch.Tensor:
     return torch.randn(batch, 1, 128, 500, generator=torch.Generator().manual_seed(0)) * 20 - 50
 
 
-@pytest.mark.parametrize("name", [*MODELS, "timm:ghostnet_050", "timm:test_vit"])  # one without drop_path, one with a fixed input side
+# one without drop_path, one with a fixed input side, one under a former name
+@pytest.mark.parametrize("name", [*MODELS, "timm:ghostnet_050", "timm:test_vit", "timm:mnasnet_a1"])
 def test_forward_is_finite_and_every_parameter_gets_a_gradient(name):
     model = create_model(name, 7, AUDIO, ModelSettings(input_side=64, drop_path=0.0))
     logits = model(log_mel(2))

@@ -1,3 +1,5 @@
+import ast
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,12 +11,16 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from sklearn.metrics import average_precision_score
 
 from benchmarks.kill_training import SAME
-from src import evaluate, train
+from src import cache, evaluate, fold_training, train
 from src.checkpoint import load_tensors, save_tensors
+from src.config import AudioConfig
 from src.console import UserError
+from src.dataset import to_log_mel
 from src.evaluate import score_submission
+from src.export import load_model
 from src.folds import read_folds
 from src.optimiser import learning_rate_at
 from src.run_config import read_config, versions
@@ -123,6 +129,66 @@ def test_a_loss_that_is_no_number_names_step_and_files(tmp_path, train_flags, ca
     assert train.main([*train_flags, *one_step, "--run", str(tmp_path / "x"), "--learning-rate", "1e30", "--clip-gradient", "0", "--warmup-epochs", "0"]) == 1
     assert "the weights are no finite numbers after epoch 1" in capsys.readouterr().err
     assert not list((tmp_path / "x/fold0").glob("*.safetensors"))
+
+
+def test_the_history_s_last_row_is_what_scikit_learn_says_of_the_kept_weights(tmp_path, run, data, train_flags, monkeypatch):
+    secondary, highest = pd.read_csv(data / "train_metadata.csv").set_index("filename").secondary_labels.map(ast.literal_eval), []
+    loss = fold_training.multi_label_loss
+    monkeypatch.setattr(fold_training, "multi_label_loss", lambda logits, target, *rest: highest.append(float(target.max())) or loss(logits, target, *rest))
+    soft = ["--secondary-labels", "soft", "--label-smoothing", "0.25", "--epochs", "1", "--run", str(tmp_path / "soft")]
+    assert train.main([*train_flags, *soft]) == 0 and set(highest) == {0.75}
+    for folder, share in ((run / "fold0", 0.0), (tmp_path / "soft/fold0", 0.5)):
+        names, last = pd.read_csv(folder / "oof.csv").filename, pd.read_csv(folder / "history.csv").iloc[-1]
+        model, config = load_model(folder)
+        windows, _ = load_tensors(folder / "golden_windows.safetensors")  # the first of each held-out recording
+        with torch.inference_mode():
+            probability = model(to_log_mel(windows["windows"], AudioConfig.from_dict(config["audio"]))).sigmoid().numpy()
+        target = np.array([[float(label == name.split("/")[0]) or share * (label in secondary[name]) for label in config["classes"]] for name in names])
+        assert len(names) == len(target) == 6 and (target == 0.5).any() == (share > 0)
+        best = target[np.arange(6), probability.argmax(axis=1)]
+        precision = [average_precision_score(target[:, c] > 0, probability[:, c]) for c in range(target.shape[1]) if target[:, c].any()]
+        entropy = -(target * np.log(probability) + (1 - target) * np.log(1 - probability)).mean()
+        assert (last.valid_top1, last.valid_macro_ap) == pytest.approx(((best > 0).mean(), np.mean(precision)), abs=1e-6)
+        assert last.valid_loss == pytest.approx(entropy, abs=1e-4)
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_recording_that_became_unreadable_is_named_in_a_line(tmp_path, data, train_flags, workers, capfd):
+    shutil.copytree(data / "train_audio", tmp_path / "data/train_audio")
+    shutil.copy(data / "train_metadata.csv", tmp_path / "data")
+    for path in (tmp_path / "data/train_audio").rglob("*.ogg"):
+        path.write_bytes(path.read_bytes()[:200])
+    flags = ["--data", str(tmp_path / "data"), "--run", str(tmp_path / "run"), "--waveform-probability", "1", "--workers", workers]
+    assert train.main([*train_flags, *flags]) == 1
+    error = capfd.readouterr().err
+    assert "was readable when it was cached, and is not now" in error and "Traceback" not in error
+
+
+def test_a_memory_that_is_too_small_is_told_with_the_remedy(tmp_path, train_flags, monkeypatch, capsys):
+    def learn(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fold_training.FoldTraining, "learn", learn)
+    assert train.main([*train_flags, "--accumulate", "2", "--batch-size", "60", "--run", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "batches of 12, since there are not 60" in said.out and "does not hold a part of 6 crops; --accumulate 4 halves it" in said.err
+
+
+def test_copies_whose_audio_is_gone_stop_no_training_from_the_cache(tmp_path, data, train_flags, capsys):
+    """A copy under another name is known by its file; the cache never held it."""
+    shutil.copytree(data / "train_audio", tmp_path / "main/train_audio")
+    shutil.copy(data / "train_metadata.csv", tmp_path / "main")
+    table = pd.read_csv(data / "train_metadata.csv").iloc[[3]]
+    (tmp_path / "more/train_audio/x").mkdir(parents=True)
+    shutil.copy(data / "train_audio" / table.filename.iloc[0], tmp_path / "more/train_audio/x/1.ogg")
+    table.assign(filename="x/1.ogg").to_csv(tmp_path / "more/train_metadata.csv", index=False)
+    both = ["--data", str(tmp_path / "main"), str(tmp_path / "more")]
+    assert cache.main([*both, "--out", str(tmp_path / "cache"), "--workers", "1"]) == 0 and "less 1 copies" in capsys.readouterr().out
+    for name in ("main", "more"):
+        shutil.rmtree(tmp_path / name / "train_audio")
+    flags = [*both, "--cache", str(tmp_path / "cache"), "--run", str(tmp_path / "run"), "--waveform-probability", "0", "--epochs", "1"]
+    assert train.main([*train_flags, *flags]) == 0
+    assert "1 recordings of further folders, x/1.ogg for one, are neither there nor in the cache" in capsys.readouterr().out
 
 
 def test_a_run_s_config_runs_it_again(run, train_flags):

@@ -21,7 +21,8 @@ def timm_backbone(name: str, n_classes: int, *, side: int, drop_path: float) -> 
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ValueError(f"timm has no model {name}" + (f"; near it: {', '.join(near)}" if near else ""))
     settings = {"pretrained": False, "in_chans": 1, "num_classes": n_classes}
-    if timm.get_pretrained_cfg(name).fixed_input_size:
+    weights = timm.get_pretrained_cfg(name)  # None for a former name, tf_efficientnet_b0_ns for one
+    if weights and weights.fixed_input_size:
         settings["img_size"] = side
     try:
         return timm.create_model(name, drop_path_rate=drop_path, **settings)

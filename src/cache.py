@@ -22,7 +22,7 @@ from .config import AudioConfig, differences
 from .console import UserError, begin_worker, progress, resumable, say, usable_cores
 from .metadata import read_csv, read_metadata
 from .settings import parse
-from .storage import journal_line, owned, read_journal, safe_cell, sha256, sync_folder, unsafe_cell, write_json, write_table, write_text
+from .storage import journal_line, original_cell, owned, read_journal, safe_cell, sha256, sync_folder, write_json, write_table, write_text
 
 DATA, INDEX, HEADER, DAMAGED, JOURNAL = "log_mels.u8", "index.csv", "cache.json", "damaged.csv", "journal.partial"
 FORMAT = 2
@@ -79,7 +79,7 @@ class Cache:
         self._frames = index.frames.astype(np.int64).to_numpy()
         self._crc32 = index.crc32.astype(np.int64).to_numpy()
         damaged = read_csv(self.folder / DAMAGED)
-        self.damaged = dict(zip(damaged.filename.map(unsafe_cell), damaged.cause))
+        self.damaged = dict(zip(damaged.filename.map(original_cell), damaged.cause))
         self._file: int | None = None
 
     def __contains__(self, name: str) -> bool:

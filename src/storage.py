@@ -106,6 +106,7 @@ def journal_line(record: dict) -> str:
 
 
 def append_to_journal(path: Path, record: dict) -> None:
+    """Raises UserError where it cannot be written, on a full disk for one."""
     try:
         with open(path, "a", encoding="utf-8") as journal:
             journal.write(journal_line(record))
@@ -175,6 +176,6 @@ def safe_cell(text: str) -> str:
     return "'" + text if text[:1] in FORMULA else text
 
 
-def unsafe_cell(text: str) -> str:
+def original_cell(text: str) -> str:
     """What `safe_cell` was given."""
     return text[1:] if text[:1] == "'" and text[1:2] in FORMULA else text

@@ -28,7 +28,7 @@ class AugmentSettings:
     waveform_probability: float = 0.25
     """Share of the crops that are read as waveforms and augmented there: the paper's background noise (0.25)."""
     waveform_memory: float = 2.0
-    """GiB for decoded recordings, where all of them fit; else each waveform is read from its file. At another rate than the recipe's the two
+    """GiB of each process for decoded recordings, where all of them fit; else each waveform is read from its file. At another rate than the recipe's the two
     resample with other neighbours: a crop's cells may differ by one step of the cache's scale."""
     min_snr_db: float = 0.0
     """Background noise, where --noise is given: the lowest signal-to-noise ratio."""

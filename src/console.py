@@ -19,18 +19,23 @@ class UserError(Exception):
 
 
 def stage(main: Callable[..., int | None], *, kept: str = "nothing stands half-written, {again} begins anew") -> Callable[..., int]:
-    """Makes a stage's `main(argv)` end well: 0 done, 1 with one line for a UserError, 130 / 143 for Ctrl-C / SIGTERM, after saying what is `kept`."""
+    """Makes a stage's `main(argv)` end well: 0 done, 1 with one line for a UserError, 130 / 143 for Ctrl-C / SIGTERM, after saying what is `kept`.
+    One of several processes ends at once on a signal, without a word."""
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
         name = main.__module__ if main.__module__ != "__main__" else sys.modules["__main__"].__spec__.name
-        previous = signal.signal(signal.SIGTERM, _interrupt)
+        # One of several processes may be waiting, inside C, for another that is gone: no handler written in Python would run, and its
+        # launcher would wait half a minute to kill it. What is on disk is whole at any moment.
+        on_signal = {signal.SIGTERM: _interrupt} if n_processes() == 1 else {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.SIG_DFL}
+        previous = {number: signal.signal(number, action) for number, action in on_signal.items()}
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")  # a species' name must not end hours of work where the console has an old code page
         try:
             return main(argv) or 0
         except UserError as error:
-            print(f"{name}: error: {error}", file=sys.stderr)
+            who = "" if is_first_process() else f" in process {os.environ['RANK']}"
+            print(f"{name}: error{who}: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt as interrupt:
             code = 143 if interrupt.args else 130
@@ -38,7 +43,8 @@ def stage(main: Callable[..., int | None], *, kept: str = "nothing stands half-w
             print(f"\n{name}: interrupted; {kept.format(again=again)}", file=sys.stderr)
             return code
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, action in previous.items():
+                signal.signal(number, action)
 
     return run
 
@@ -65,6 +71,11 @@ def _end_with_parent() -> None:
 def usable_cores() -> int:
     """Those of the CPU that this process may use, which a batch system or taskset makes fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def n_processes() -> int:
+    """That `accelerate launch` or torchrun started for this stage; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first_process() -> bool:

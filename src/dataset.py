@@ -124,7 +124,8 @@ class BalancedSampler(Sampler):
 
     An epoch is as many crops as there are recordings, or `n_crops`, to the nearest full batch, and follows from (seed, epoch).
     Iterating goes through `epochs`, one after the other, so that loader processes work ahead into the next one. A batch is
-    cut into `accumulate` parts for each process, so that any number of processes and parts trains on the same crops.
+    cut into `accumulate` parts for each process, so that any number of processes and parts trains on the same crops (where there are fewer
+    recordings than a batch holds, it is cut to a multiple of the parts).
     """
 
     def __init__(self, share: np.ndarray, batch_size: int, seed: int, *, n_crops: int | None = None, accumulate: int = 1, process: int = 0,

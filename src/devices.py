@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .console import UserError, usable_cores
+from .console import UserError, n_processes, usable_cores
 from .models.torchvision_guard import import_timm
 
 
@@ -56,6 +56,17 @@ def release(accelerator) -> None:
         accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
 
 
+def require_same(accelerator, facts: dict) -> None:
+    """Raises UserError, in every process, where these facts are not the same in all of them."""
+    from accelerate.utils import gather_object
+
+    everyone = gather_object([facts])
+    differing = [name for name in facts if any(other[name] != everyone[0][name] for other in everyone)]
+    if differing:
+        raise UserError(f"the processes do not agree on {', '.join(differing)}: all need the same data and one run folder that all nodes share, and GPUs "
+                        "of one kind or a --precision")
+
+
 def device_name(device: torch.device) -> str:
     """The GPU's own name, or the CPU's."""
     if device.type == "cuda":
@@ -73,7 +84,11 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         if device.type == "cuda":  # a process of several keeps to its own GPU from the start
-            torch.cuda.set_device(device if device.index is not None else int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count()))
+            if device.index is not None and n_processes() > 1:
+                raise UserError(f"--device {name}: each of several processes takes its own GPU; CUDA_VISIBLE_DEVICES says which there are")
+            if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count() > 0:
+                raise UserError(f"{os.environ['LOCAL_WORLD_SIZE']} processes for {torch.cuda.device_count()} GPU(s): start no more of them than there are")
+            torch.cuda.set_device(device if device.index is not None else int(os.environ.get("LOCAL_RANK", "0")))
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} is not usable: {str(error).splitlines()[0]}") from error

@@ -239,7 +239,8 @@ class FoldTraining:
         value = loss.value()
         if not math.isfinite(value):
             names = ", ".join(sorted(set(self.training.filename.iloc[rows.numpy()])))
-            raise UserError(f"the loss is {value} at epoch {epoch + 1}, step {step + 1}; nothing of this epoch is saved. Lower --learning-rate "
+            others = " (of several processes' messages the lowest step's counts)" if self.accelerator.num_processes > 1 else ""
+            raise UserError(f"the loss is {value} at epoch {epoch + 1}, step {step + 1}{others}; nothing of this epoch is saved. Lower --learning-rate "
                             f"or set --precision fp32, and look at the batch's recordings: {names}")
         return value
 
@@ -258,7 +259,7 @@ class FoldTraining:
         share = names[self.accelerator.process_index :: self.accelerator.num_processes]
         for buffer in self.kept.buffers():  # the first process's running means, for all
             buffer.copy_(broadcast(buffer))
-        found = predict(self.kept, share, self.cache, self.accelerator, batch_size=self.settings.batch_size, only_first=only_first)
+        found = predict(self.kept, share, self.cache, self.accelerator, batch_size=self.sampler.batch_size // self.sampler.parts, only_first=only_first)
         by_name = dict(gather_object(list(zip(share, found))))
         return np.array([by_name[name] for name in names]).reshape(len(names), len(self.classes))
 

@@ -19,7 +19,7 @@ from .folds import fold_table, read_folds
 from .metadata import Metadata, read_metadata
 from .run_config import comparable, read_config
 from .settings import parse
-from .storage import owned
+from .storage import owned, sha256
 from .train_settings import TrainSettings
 
 RESULTS = ("weights.safetensors", "checkpoint.safetensors", "model.onnx", "model.onnx.sha256", "oof.csv", "config.yaml")
@@ -36,6 +36,10 @@ def train_fold(settings: TrainSettings, fold: int, metadata: Metadata, folds: di
             for name in RESULTS:
                 (folder / name).unlink(missing_ok=True)
         accelerator.wait_for_everyone()
+        # Only the first process writes. Another that saw no checkpoint, in a folder of its own node, would begin anew beside it.
+        files = ("config.yaml", "checkpoint.safetensors", "weights.safetensors")
+        on_disk = {name: sha256(folder / name) if (folder / name).exists() else "not there" for name in files}
+        devices.require_same(accelerator, on_disk | comparable(training.config) | {"precision": training.config["precision"]})
         if (folder / "config.yaml").exists():
             changed = differences(comparable(read_config(folder)), comparable(training.config))
             if changed:
@@ -129,6 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     for fold in wanted:
         train_fold(settings, int(fold), metadata, folds, cache, accelerator)
         devices.release(accelerator)
+    accelerator.end_training()  # the processes' group, where there is one
 
 
 if __name__ == "__main__":

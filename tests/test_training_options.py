@@ -1,6 +1,7 @@
 """Several processes, parts of batches, the moving average, other losses and heads, soft labels."""
 
 import copy
+import os
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,29 @@ from src.soft_labels import blend, read_soft_labels
 
 from .conftest import make_data
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "src.train", "--"]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TORCHRUN = [*LAUNCH, "-m", "src.train", "--"]
+# Two processes that differ, or of which one fails while the other waits inside C, as for a GPU: there no handler written in Python runs.
+SEVERAL = """
+import ctypes, os, sys
+from src import devices
+from src.console import UserError, stage
+
+@stage
+def main(argv):
+    accelerator = devices.start(device="cpu", precision="fp32", accumulate=1, threads=1)
+    if argv == ["differ"]:
+        devices.require_same(accelerator, {"precision": "fp32", "checkpoint.safetensors": os.environ["RANK"]})
+    elif accelerator.is_main_process:
+        raise UserError("only here")
+    else:
+        mutex = ctypes.create_string_buffer(64)
+        while True:
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)  # for ever, the second time
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+"""
 
 
 def test_two_processes_score_the_same_recordings(tmp_path, run, train_flags):
@@ -53,6 +76,15 @@ def test_two_processes_take_the_steps_of_one(tmp_path, train_flags):
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (load_tensors(tmp_path / name / "fold0/weights.safetensors")[0] for name in ("one", "two"))
     assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-4
+
+
+@pytest.mark.parametrize(("does", "told"), [("differ", "the processes do not agree on checkpoint.safetensors: "), ("fail", "error: only here")])
+def test_several_processes_end_together(tmp_path, does, told):
+    """Where they differ they say so; where one fails the other, which waits, need not be killed."""
+    (tmp_path / "several.py").write_text(SEVERAL)
+    done = subprocess.run([*LAUNCH, "-m", "several", does], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    assert done.returncode == 1 and told in done.stderr, done.stderr[-3000:]
+    assert "Timed out" not in done.stderr and "forcefully exiting" not in done.stderr, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(("processes", "accumulate"), [(1, 1), (2, 1), (1, 3), (2, 3)])

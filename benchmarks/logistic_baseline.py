@@ -2,7 +2,8 @@
 
     python -m benchmarks.logistic_baseline --data DATA --folds FOLDS --cache CACHE [--metadata FILE]
 
-Features: each mel band's mean and standard deviation over the recording, standardised; C = 1.
+Features: windows normalised as the networks' are, then each mel band's mean, standard deviation, 90th percentile and mean step from frame to
+frame over the recording, standardised; C = 1.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -22,6 +24,7 @@ from src.cache import Cache
 from src.console import say, stage
 from src.folds import read_folds
 from src.metadata import read_metadata, targets
+from src.models.log_mel_input import normalised
 from src.settings import parse
 
 
@@ -34,9 +37,13 @@ class BaselineSettings:
 
 
 def features(cache: Cache, name: str) -> np.ndarray:
-    """(2 n_mels,) mean and standard deviation over time, in steps of the cache's scale."""
-    log_mel = cache.read(name).astype(np.float32)
-    return np.concatenate([log_mel.mean(axis=0), log_mel.std(axis=0)])
+    """(4 n_mels,) mean, standard deviation, 90th percentile and mean step over time."""
+    config = cache.config
+    decibels = torch.from_numpy(cache.read(name).astype(np.float32).T * config.db_step + config.db_min)
+    windows = decibels.split(config.window_frames, dim=1)
+    windows = windows[:-1] if len(windows) > 1 and windows[-1].shape[1] < config.window_frames // 2 else windows
+    x = torch.cat([normalised(window[None, None])[0, 0] for window in windows], dim=1).numpy()  # (n_mels, frames)
+    return np.concatenate([x.mean(axis=1), x.std(axis=1), np.percentile(x, 90, axis=1), np.abs(np.diff(x)).mean(axis=1)])
 
 
 def out_of_fold(data: tuple[Path, ...], metadata_file: Path | None, folds_file: Path, cache_folder: Path) -> pd.DataFrame:

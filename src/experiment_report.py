@@ -72,7 +72,7 @@ class DataTable:
         self.folds = sorted(folds or set(results.table.fold[results.table.data == data]))[: budget.n_folds or None]  # without the data: those met so far
         cells = [(seed, fold) for seed in budget.seeds for fold in self.folds]
         self.found = {row.name: (of := results.of(data, row.key(data, noisy)))[of.index.isin(cells)] for row in self.rows}
-        self.n_cells = len(cells)
+        self.n_cells, self.seeds = len(cells), budget.seeds
         self.speeds = speeds.set_index("network").windows_per_second
 
     def estimate(self, row: Row, metric: str) -> tuple[float, float, float]:
@@ -85,6 +85,13 @@ class DataTable:
             return interval(np.empty(0))
         pair = self.found[row.name][metric].astype(float) - self.found[row.against][metric].astype(float)
         return interval_of_whole_seeds(pair, len(self.folds))
+
+    def unlike_pairs(self, row: Row) -> tuple[int, int]:
+        """How many of the trainings that a difference pairs were trained on unlike devices; and how many pairs there are."""
+        if row.against == row.name or row.against not in self.found:
+            return 0, 0
+        pairs = self.found[row.name].device.to_frame().join(self.found[row.against].device, how="inner", rsuffix="_base")
+        return int((pairs.device != pairs.device_base).sum()), len(pairs)
 
     def over_recordings(self, row: Row) -> tuple[float, float, float]:
         """Top-1 of all folds' held-out recordings, each one's mean over the seeds, with its 95 % bootstrap interval over the recordings."""
@@ -105,7 +112,8 @@ class DataTable:
     def markdown(self, paper: dict[str, dict[str, float]]) -> list[str]:
         columns = paper_data(paper)
         compared = ["compared with"] if len({row.against for row in self.rows}) > 1 else []
-        header = ["row", "trainings", *compared, *(f"{NAMES[metric]}{what}" for metric in SHOWN for what in ("", ", difference")),
+        by_seed = ["top-1 of each seed"] if len(self.seeds) > 1 else []
+        header = ["row", "trainings", *compared, *by_seed, *(f"{NAMES[metric]}{what}" for metric in SHOWN for what in ("", ", difference")),
                   "top-1 over recordings", "difference over recordings", "parameters, M", "GMACs",
                   "training, s a fold", "CPU windows/s", *([f"paper, mAP %: {' / '.join(columns)}"] if paper else [])]
         lines = ["", f"## {self.data}", "", *("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header)))]
@@ -120,6 +128,7 @@ class DataTable:
                 costs[2] = f"{costs[2]} ({', '.join(set(self.found[row.name].device))})" if self.found[row.name].device.nunique() == 1 else NONE
             figures = [" / ".join(str(paper.get(row.name, {}).get(column, NONE)) for column in columns)] if paper else []
             base = [NONE if row.against == row.name else row.against for _ in compared]
+            base += [", ".join(f"{mean:.3f}" for mean in self.found[row.name].top1.astype(float).groupby("seed").mean()) or NONE for _ in by_seed]
             lines.append("| " + " | ".join([row.name, str(n) if n == self.n_cells else f"{n} of {self.n_cells}", *base, *scores, *costs, *figures]) + " |")
         return lines
 
@@ -155,7 +164,8 @@ def write_report(table: Table, budget: Budget, names: Sequence[str], results: Re
              "Top-1 and macro AP of the held-out recordings (a recording's probability is the mean over its windows): the mean over folds and seeds, and where "
              "no seed lacks a fold and there are three folds or more, the 95 % interval of Student's t over the folds, each the mean of its seeds. Folds "
              "share training recordings, so these intervals are rather too narrow. Over recordings: top-1 again, its 95 % interval a bootstrap over the "
-             "held-out recordings of all folds, which leaves out what another training would change. "
+             "held-out recordings of all folds, which leaves out what another training would change; both leave out another species' recordings, and the "
+             "first, since folds share a seed's initial weights, a part of what another seed would change. "
              f"Difference: the row minus {base}, paired by fold and seed. Padded cmAP, LRAP and ROC-AUC are in [{stem}.csv]({stem}.csv)."
              + (f" ASCA is `{ascas.pop()}`." if len(ascas) == 1 else "")
              + (" Training seconds are those that passed, beside a changing number of other trainings: they tell no two rows apart." if beside else "")]
@@ -208,11 +218,13 @@ def setting(parts: Sequence[DataTable], budget: Budget, speeds: pd.DataFrame) ->
     folds = "; ".join(f"{part.data}: {len(part.folds)} folds" for part in parts)
     devices = sorted(f"{device} ({jobs} trainings side by side)" for device, jobs in set(zip(found.device, found.jobs)))
     mixed = [f"{row.name} on {part.data}" for part in parts for row in part.rows if part.found[row.name].device.nunique() > 1]
+    unlike = [f"{row.name} on {part.data} ({n} of {n_pairs})" for part in parts for row in part.rows for n, n_pairs in [part.unlike_pairs(row)] if n]
     networks = {row.network() for part in parts for row in part.rows}
     cpus = sorted({f"{device}, {threads} threads" for network, _, threads, device in speeds.itertuples(index=False) if network in networks})
     return (f"From scratch but where a row says otherwise; {folds}; seed{'s' if len(budget.seeds) > 1 else ''} {', '.join(map(str, budget.seeds))}. "
             f"Trained on {', '.join(devices)} at commit {', '.join(sorted(set(found.commit)))}."
             + (f" CPUs train in float32, GPUs in bfloat16, and partly on each: {', '.join(mixed)}." if mixed else "")
+            + (f" Compared with trainings on another device: {', '.join(unlike)}." if unlike else "")
             + (f" CPU windows a second: exported with 264 classes, onnxruntime float32, {'; '.join(cpus)}." if cpus else ""))
 
 
@@ -225,7 +237,7 @@ def draw(path: Path, table: Table, parts: Sequence[DataTable], heading: str) -> 
     panels += [(f"the paper: {data}, mAP %", [(row.name, (table.paper.get(row.name, {}).get(data, np.nan), np.nan, np.nan), ()) for row in rows])
                for data in paper_data(table.paper)]
     plots.intervals(path, panels, heading, reference=rows[0].against,
-                    foot="small: each training; hollow: a mean that lacks trainings; bars: 95 % intervals of the mean, from three trainings on")
+                    foot="small: each training; hollow: a mean that lacks trainings; bars: 95 % intervals of the mean, where no seed lacks a fold")
 
 
 def curves(part: DataTable, metric: str) -> dict[str, list[tuple[float, float, float, float]]]:

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from .console import UserError
+from .models import ModelSettings
 from .models.asca import AscaSettings
 from .run_config import ELSEWHERE
 from .settings import flatten, parse
@@ -85,9 +86,9 @@ class Row:
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
 
     def network(self) -> str:
-        """The model with every setting that changes its graph: what its size and speed belong to."""
+        """The model with every setting that changes its graph, whatever the default is: what its size and speed belong to."""
         settings = self.settings()
-        default, own = flatten(TrainSettings().network), flatten(settings.network)
+        default, own = flatten(ModelSettings()), flatten(settings.network)
         foreign = {"drop_path", *(() if settings.model.startswith("asca_") else AscaSettings.__dataclass_fields__)}
         return " ".join([settings.model, *(f"{name}={own[name]}" for name in own if name not in foreign and own[name] != default[name])])
 

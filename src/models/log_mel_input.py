@@ -31,17 +31,19 @@ class LogMelInput(nn.Module):
     def forward(self, log_mel: Tensor) -> Tensor:
         with torch.autocast(log_mel.device.type, enabled=False):
             x = log_mel.to(self.rows.dtype)  # float32, or float64 where an export is checked
-            if self.norm == "window":
-                x = torch.maximum(x, x.amax((2, 3), keepdim=True) - DYNAMIC_RANGE)
-                x = x - _mean(x)
-                x = x - _mean(x)  # takes the first one's rounding away, to which a network can be sensitive
-                x = x / (_mean(x.square()).sqrt() + 1.0)  # + 1 dB: silence stays zero
-            else:
-                x = (x - EXPECTED_MEAN) / EXPECTED_STD
+            x = normalised(x) if self.norm == "window" else (x - EXPECTED_MEAN) / EXPECTED_STD
             x = self.rows @ x @ self.columns
             # One channel leaves the memory format open, and convolutions whose weights do so too (NFNets standardise theirs) would
             # compute in the slower one: these strides say channels_last. An exported graph has none of it.
             return x.squeeze(1).unsqueeze(3).permute(0, 3, 1, 2) if self.training else x
+
+
+def normalised(x: Tensor) -> Tensor:
+    """(B, 1, n_mels, frames) dB -> the same by each window's own mean and standard deviation."""
+    x = torch.maximum(x, x.amax((2, 3), keepdim=True) - DYNAMIC_RANGE)
+    x = x - _mean(x)
+    x = x - _mean(x)  # takes the first one's rounding away, to which a network can be sensitive
+    return x / (_mean(x.square()).sqrt() + 1.0)  # + 1 dB: silence stays zero
 
 
 def _mean(x: Tensor) -> Tensor:

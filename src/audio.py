@@ -17,7 +17,7 @@ import soxr
 from numpy.lib.stride_tricks import sliding_window_view
 
 from .config import AudioConfig
-from .containers import flac_excess, flac_shortage, ogg_fault, wav_fault
+from .containers import flac_excess, flac_shortage, mp3_fault, ogg_fault, wav_fault
 
 SUFFIXES = (".ogg", ".oga", ".opus", ".wav", ".flac", ".mp3", ".aif", ".aiff")
 EPSILON = 1e-10  # added to the power: silence becomes -100 dB, not -inf
@@ -100,15 +100,14 @@ def read_blocks(path: Path | str, sample_rate: int) -> Iterator[np.ndarray]:
         cause = _cause(path, error)
     if resample is not None:
         yield resample.resample_chunk(np.zeros(0, np.float32), last=True)
-    if cause is None and n_decoded < header.n_samples:
-        cause = f"only {n_decoded} of {header.n_samples} samples decode"
-        if skips_damage:  # these decoders go on behind a gap as if there were none
-            cause += f"; times behind the damage are up to {(header.n_samples - n_decoded) / header.sample_rate:.1f} s early"
-    if cause is None:
-        try:
-            cause = ogg_fault(path) or wav_fault(path) or flac_shortage(path) or None
-        except OSError as error:
-            cause = _cause(path, error)
+    try:
+        if cause is None and n_decoded < header.n_samples and not mp3_fault(path):  # without a length in an MP3 the header's is a guess
+            cause = f"only {n_decoded} of {header.n_samples} samples decode"
+            if skips_damage:  # these decoders go on behind a gap as if there were none
+                cause += f"; times behind the damage are up to {(header.n_samples - n_decoded) / header.sample_rate:.1f} s early"
+        cause = cause or ogg_fault(path) or wav_fault(path) or flac_shortage(path) or None
+    except OSError as error:
+        cause = cause or _cause(path, error)
     if cause:
         raise DamagedAudio(cause)
 

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import zlib
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,6 +27,7 @@ from .storage import journal_line, original_cell, owned, read_journal, safe_cell
 
 DATA, INDEX, HEADER, DAMAGED, JOURNAL = "log_mels.u8", "index.csv", "cache.json", "damaged.csv", "journal.partial"
 FORMAT = 2
+QUEUED = 8  # recordings a worker
 
 
 @dataclass(frozen=True)
@@ -144,9 +146,14 @@ def _encode_all(jobs: Sequence[tuple], workers: int) -> Iterator[tuple[bytes, st
     if workers <= 1:
         yield from map(_encode, jobs)
         return
-    pool = ProcessPoolExecutor(workers, initializer=begin_worker)
+    pool, waiting = ProcessPoolExecutor(workers, initializer=begin_worker), deque()
     try:
-        yield from pool.map(_encode, jobs, chunksize=4)
+        for job in jobs:
+            waiting.append(pool.submit(_encode, job))
+            if len(waiting) > QUEUED * workers:  # a slow disk, or one long recording, must not gather the rest in memory
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     except BrokenProcessPool:
         raise UserError("a worker process was killed, as the system does where memory runs out; what is cached is kept: "
                         "the same command with fewer --workers continues") from None

@@ -89,7 +89,7 @@ def _wav_shortage(file: BinaryIO, size: int) -> str:
 
 def mp3_fault(path: Path | str) -> str:
     """Whether an MP3 lacks the frame that says how long it is, so that libsndfile guesses by the first bit rate and stops there.
-    "" where not, and for other formats. What decodes may still be all, so `read_blocks` does not ask."""
+    "" where not, and for other formats. What decodes may still be all, so `read_blocks` does not call it damaged."""
     with open(path, "rb") as file:
         while (tag := file.read(10))[:3] == b"ID3" and len(tag) == 10:
             size = int.from_bytes(bytes(tag[6:]), "big")  # four times seven bits

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 SAFETY = 1.1  # a forecast must fit this many times
 DECAY = 0.98  # the pace remembers some 50 batches: one that stalls does not decide, a machine that slows down does
-MEASURED_BATCHES = 4  # before the first decision; two do where they took a twentieth of the time
+EARLY, LATE = 0.02, 0.05  # shares of the time: before the first nothing is decided, since a stall would; behind the second two batches do
+MEASURED_BATCHES = 4  # before the first decision, else
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Guard:
                  window_seconds: Sequence[float] = (), clock: Callable[[], float] = time.monotonic) -> None:
         self.clock, self.limited = clock, seconds is not None
         self.ends = clock() + seconds if seconds is not None else float("inf")
-        self._late = clock() + 0.05 * seconds if seconds is not None else float("inf")
+        self._early, self._late = (clock() + share * seconds if seconds is not None else float("inf") for share in (EARLY, LATE))
         self.reserve = 0.0  # seconds that the last write and its validation need
         self.plan, self.full_hop_seconds = Plan(hop_seconds, n_models), full_hop_seconds  # the latter: windows side by side
         self.longest_hop = [min(full_hop_seconds, seconds) for seconds in window_seconds] or [full_hop_seconds] * n_models  # short windows leave no gaps
@@ -91,7 +92,8 @@ class Guard:
         return self.rows_left * (self.other_pace.per_unit + sum(n * pace.per_unit for n, pace in zip(windows, self.model_pace)))
 
     def measured(self) -> bool:
-        return self.other_pace.n >= MEASURED_BATCHES or (self.other_pace.n >= 2 and self.clock() > self._late)
+        now = self.clock()
+        return now > self._early and self.other_pace.n >= (2 if now > self._late else MEASURED_BATCHES)
 
     def poorer(self) -> list[Plan]:
         """What can still be dropped, one thing after the other."""

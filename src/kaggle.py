@@ -87,7 +87,7 @@ def find_competition(root: Path, slug: str = "") -> Path:
     """The competition's folder: the one with a sample submission, of that slug where one is given. Raises UserError with what is there."""
     samples = [sample for mount in COMPETITION_MOUNTS for sample in root.glob(f"{mount}/sample_submission.csv") if slug in ("", sample.parent.name)]
     found = sorted({sample.parent.resolve(): sample.parent for sample in samples}.values())  # one, though it lies under both mounts
-    if len(found) == 1:
+    if len(found) == 1 or (found and slug):  # of one name they are the same data, mounted twice
         return found[0]
     if found:
         raise UserError(f"{len(found)} competitions lie under {root}: {', '.join(folder.name for folder in found)}; "

@@ -161,7 +161,7 @@ class WindowStream:
                 break
             windows.append(self.frames[None, :, offset : offset + n])
             self.next += 1
-        if windows:  # forget what no window needs any more
+        if windows or self.next == len(self.starts):  # forget what no window needs any more
             offset = (self.starts[self.next] - self.first_frame) if self.next < len(self.starts) else self.frames.shape[1]
             self.first_frame += min(offset, self.frames.shape[1])
             self.frames = self.frames[:, offset:]
@@ -203,7 +203,8 @@ def _decode_one(number: int, soundscape: Soundscape, batch_size: int) -> Iterato
                     while len(waiting[config]) >= batch_size:
                         yield number, config, np.stack(waiting[config][:batch_size])
                         del waiting[config][:batch_size]
-            fault = mp3_fault(soundscape.path)
+            grew = soundscape.seconds_decoded > soundscape.seconds + submission.ROW_SECONDS
+            fault = mp3_fault(soundscape.path) or ("grew while it was being read: its end is not scored" if grew else "")
         except (audio.DamagedAudio, OSError) as error:
             fault = str(error)
         soundscape.fault = soundscape.fault or fault  # the scorer's "the time was up" may stand there

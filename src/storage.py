@@ -76,7 +76,9 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 
 def sync_folder(folder: Path) -> None:
     """Makes a rename in `folder` survive a power cut (POSIX; elsewhere the rename alone has to do)."""
-    if os.name == "posix":
+    if os.name != "posix":
+        return
+    with contextlib.suppress(OSError):  # shared folders of virtual machines and some network mounts refuse it, and the file is there
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

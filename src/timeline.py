@@ -34,9 +34,13 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{options.labels} and {options.submission} have no row_id in common ({next(iter(present))}, for one); name these soundscapes' labels")
     seconds = competitions.competition(options.competition).soundscape_seconds
     soundscapes = find_soundscapes(options.soundscapes, seconds, recursive=options.recursive)[: options.first]
+    n_drawn = 0
     for soundscape in progress(soundscapes, what="drawing", unit="file"):
         ids, seconds = submission.row_ids(soundscape.name, soundscape.n_rows), soundscape.n_rows * submission.ROW_SECONDS
         absent = [row for row in ids if row not in table.index]
+        if absent and soundscape.fault:  # its number of rows is a guess
+            say(f"{soundscape.path.name}: {soundscape.fault}; not drawn")
+            continue
         if absent:
             raise UserError(f"{options.submission} lacks the row {absent[0]} of {soundscape.path}")
         truth = np.array([[label in present.get(row, []) for label in classes] for row in ids], float) if present is not None else None
@@ -49,7 +53,8 @@ def main(argv: list[str] | None = None) -> None:
             say(f"{soundscape.path.name}: {error}")
         plots.timeline(options.out / f"{soundscape.name}.png", overview.image(seconds), table.loc[ids].to_numpy(), classes, config,
                        row_seconds=submission.ROW_SECONDS, heading=soundscape.path.name, truth=truth)
-    say(f"wrote {len(soundscapes)} picture(s) to {options.out}")
+        n_drawn += 1
+    say(f"wrote {n_drawn} picture(s) to {options.out}")
 
 
 if __name__ == "__main__":

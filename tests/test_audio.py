@@ -231,6 +231,18 @@ def test_times_behind_lost_data_are_said_to_be_early(tmp_path):
         assert name == "x.flac" and "early" not in cause or cause.endswith(f"times behind the damage are up to {20 - seconds:.1f} s early"), name
 
 
+@pytest.mark.parametrize("rate", [22_050, 44_100])
+def test_a_whole_mp3_without_a_length_is_not_damaged(tmp_path, rate):
+    """At a constant bit rate the guess from the file's size is a frame or two beyond its end."""
+    path = tmp_path / "x.mp3"
+    soundfile.write(path, waveform(60, rate), rate, format="MP3", bitrate_mode="CONSTANT", compression_level=0.5)
+    content = path.read_bytes()
+    path.write_bytes(content[content.index(content[:2], 4) :])
+    assert containers.mp3_fault(path) and audio.read_header(path).seconds != 60
+    seconds, cause = decoded(path)
+    assert seconds == pytest.approx(60, abs=0.1) and cause == ""
+
+
 def test_an_mp3_without_a_length_is_told_from_one_with_it(tmp_path):
     sound = np.concatenate([waveform(4), np.zeros(4 * 32_000, np.float32)])
     path = tmp_path / "x.mp3"

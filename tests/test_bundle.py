@@ -275,6 +275,9 @@ def test_the_competition_is_found_under_both_mounts(tmp_path, mount, capsys):
     other.symlink_to(folder, target_is_directory=True)
     assert kaggle.find_competition(tmp_path).resolve() == folder, "under both mounts it is still one"
     other.unlink()
+    shutil.copytree(folder, other)
+    assert kaggle.find_competition(tmp_path, "birdclef-2023") in (folder, other), "mounted twice, without a link"
+    shutil.rmtree(other)
     shutil.copytree(folder, folder.with_name("birdclef-2024"))
     with pytest.raises(UserError, match="2 competitions"):
         kaggle.find_competition(tmp_path)

@@ -54,6 +54,20 @@ def test_overlap_goes_first_then_members_from_the_last_then_soundscapes():
     assert hopeless.plans == [Plan(5.0, 1)] and 0 < hopeless.done < 1000 < everything
 
 
+@pytest.mark.parametrize("place", [0.0, 0.002, 0.01])
+def test_a_stall_at_the_start_drops_nothing(place):
+    """Twenty seconds of a hundred minutes, at the first batch that begins behind `place` of the rows."""
+    stalled = []
+
+    def slower(done):
+        if done >= place and not stalled:
+            stalled.append(done)
+        return 17.0 if stalled and stalled[0] == done else 1.0
+
+    work = Work(6000, [0.03] * 5, n_rows=24_000, hop=5.0, slower=slower)
+    assert stalled and work.done == 24_000 and work.plans == []
+
+
 def test_a_window_shorter_than_a_row_has_several_a_row():
     guard = Guard(100.0, hop_seconds=5.0, full_hop_seconds=5.0, n_models=2, n_rows=10, window_seconds=[10.0, 1.0], clock=lambda: 0.0)
     guard.model_ran(0, 1, 0.3)
@@ -115,6 +129,9 @@ def test_a_competition_sets_the_expected_length_and_the_limit(slow, tmp_path, ca
         assert read_csv(tmp_path / "s.csv").row_id.tolist() == [f"BC2026_Test_0001_S05_20250227_010002_{5 * k}" for k in range(1, rows + 1)]
         drawn = timeline.main(["--submission", str(tmp_path / "s.csv"), *flags[2:4], "--out", str(tmp_path), *more[:2]])
         assert drawn == 0 and (tmp_path / "BC2026_Test_0001_S05_20250227_010002.png").exists()
+    assert infer.main([*flags, "--expected-seconds", "10"]) == 0
+    drawn = timeline.main(["--submission", str(tmp_path / "s.csv"), *flags[2:4], "--out", str(tmp_path / "none")])
+    assert drawn == 0 and "no readable header" in (told := capsys.readouterr().out) and "not drawn" in told and not (tmp_path / "none").exists()
 
 
 def test_a_killed_run_leaves_a_valid_submission(slow):

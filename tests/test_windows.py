@@ -50,6 +50,19 @@ def test_a_header_that_promises_hours_costs_no_memory():
     np.testing.assert_array_equal(windows[:5], first)
 
 
+def test_a_recording_that_grows_while_it_is_read_costs_no_memory_and_is_told(tmp_path):
+    config, sound = AudioConfig(), waveform(12)
+    stream = WindowStream(config, submission.window_starts(2, 5.0, 5.0))
+    assert len(stream.push(sound)) == 2
+    for _ in range(20):
+        assert stream.push(sound) == [] and stream.frames.shape[1] == 0
+    soundfile.write(tmp_path / "grows.wav", sound[: 5 * 32_000], 32_000)
+    (found,) = find_soundscapes(tmp_path, 60)
+    soundfile.write(tmp_path / "grows.wav", sound, 32_000)
+    batches = list(decode([found], lambda s: {config: submission.window_starts(s.n_rows, 5.0, 5.0)}, 8))
+    assert [windows is None or len(windows) for _, _, windows in batches] == [1, True] and found.fault.startswith("grew while it was being read")
+
+
 def test_names_that_are_no_text_are_refused_before_any_work(tmp_path):
     try:
         (tmp_path / os.fsdecode(b"caf\xe9.wav")).touch()

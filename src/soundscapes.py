@@ -203,7 +203,7 @@ def _decode_one(number: int, soundscape: Soundscape, batch_size: int) -> Iterato
                     while len(waiting[config]) >= batch_size:
                         yield number, config, np.stack(waiting[config][:batch_size])
                         del waiting[config][:batch_size]
-            grew = soundscape.seconds_decoded > soundscape.seconds + submission.ROW_SECONDS
+            grew = soundscape.sample_rate > 0 and soundscape.seconds_decoded > soundscape.seconds + submission.ROW_SECONDS
             fault = mp3_fault(soundscape.path) or ("grew while it was being read: its end is not scored" if grew else "")
         except (audio.DamagedAudio, OSError) as error:
             fault = str(error)

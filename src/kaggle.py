@@ -10,6 +10,8 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,6 +105,19 @@ def find_soundscapes(competition: Path) -> Path:
         return folder
     say(f"{folder} is not mounted: going on with no soundscape at all, which makes a submission of the header alone")
     return Path(tempfile.mkdtemp(prefix="no_soundscapes_"))
+
+
+def attempt(stage: Callable[[list[str]], int], words: list[str], out: Path | str) -> None:
+    """Runs a stage here that writes `out`. Whatever goes wrong is told and does not end the notebook: what was written by then may do, which its
+    check says. What stood there before is deleted, so that it cannot pass for this stage's."""
+    Path(out).unlink(missing_ok=True)
+    try:
+        code = stage([*words, "--out", str(out)])
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code:
+        say(f"the stage did not end well (exit code {code}); {out} holds what was done before")
 
 
 def aside(module: str, *words: str, seconds: float) -> str:

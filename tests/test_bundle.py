@@ -254,6 +254,19 @@ def test_a_wheel_is_installed_where_its_package_is_absent(tmp_path):
     assert done.returncode and "cannot be installed here" in done.stderr and "not a supported wheel" in done.stderr
 
 
+def test_what_a_failing_stage_has_written_is_kept(tmp_path, capsys):
+    def stage(words):
+        assert not out.exists() and words == ["--x", "--out", str(out)]
+        out.write_text("half")
+        raise MemoryError("no more")
+
+    out = tmp_path / "submission.csv"
+    out.write_text("an older one")
+    kaggle.attempt(stage, ["--x"], out)
+    told = capsys.readouterr()
+    assert out.read_text() == "half" and "MemoryError: no more" in told.err and "did not end well (exit code 1)" in told.out
+
+
 def test_a_stage_in_a_process_of_its_own_finds_what_this_one_finds(tmp_path, monkeypatch):
     (tmp_path / "elsewhere.py").write_text("import sys, src.kaggle\nsys.exit(src.kaggle.__file__ != sys.argv[1])\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -90,7 +90,7 @@ class DataTable:
         """How many of the trainings that a difference pairs were trained on unlike devices; and how many pairs there are."""
         if row.against == row.name or row.against not in self.found:
             return 0, 0
-        pairs = self.found[row.name].device.to_frame().join(self.found[row.against].device, how="inner", rsuffix="_base")
+        pairs = self.found[row.name][["device"]].merge(self.found[row.against][["device"]], left_index=True, right_index=True, suffixes=("", "_base"))
         return int((pairs.device != pairs.device_base).sum()), len(pairs)
 
     def over_recordings(self, row: Row) -> tuple[float, float, float]:

@@ -62,13 +62,6 @@ def step_of(model: str, activation: str, batch_size: int) -> Callable[[], None]:
     return step
 
 
-def cpu_seconds(call: Callable[[], None]) -> float:
-    """CPU time of one call, on one thread: what else the machine does plays little part."""
-    began = time.process_time()
-    call()
-    return time.process_time() - began
-
-
 @stage
 def main(argv: list[str] | None = None) -> None:
     settings = parse(CpuTrainingSettings, argv, prog="python -m benchmarks.cpu_training", description=__doc__)
@@ -82,7 +75,9 @@ def main(argv: list[str] | None = None) -> None:
         taken: dict[str, list[float]] = {activation: [] for activation in steps}
         for _ in progress(range(settings.rounds), what=model, unit="round"):
             for activation, step in steps.items():
-                taken[activation].append(cpu_seconds(step))
+                began = time.process_time()  # of one thread: what else the machine does plays little part
+                step()
+                taken[activation].append(time.process_time() - began)
         first = min(taken[settings.activations[0]])
         for activation, seconds in taken.items():
             rows.append(f"| {model} | {activation} | {settings.batch_size / min(seconds):.2f} | {first / min(seconds):.2f} |")

@@ -117,7 +117,7 @@ def attempt(stage: Callable[[list[str]], int], words: list[str], out: Path | str
         traceback.print_exc()
         code = 1
     if code:
-        say(f"the stage did not end well (exit code {code}); {out} holds what was done before")
+        say(f"the stage did not end well (exit code {code}); what it had written to {out} stays")
 
 
 def aside(module: str, *words: str, seconds: float) -> str:

@@ -98,7 +98,7 @@ def scores(columns: dict[str, dict[str, Any]]) -> list[str]:
     rows = [[title, *(str(column[name]) for column in columns.values())] for name, title in metrics.NAMES.items()]
     return ["## Scores", "", "In brackets 95 % intervals: bootstraps over recordings; for the mean over folds, the folds' own taken as "
             "independent, and +- is the standard deviation over folds. The padded cmAP's five rows weigh the more the fewer recordings are scored, "
-            "and a macro AP is the higher the fewer they are: compare both at the same number only.", *table(["", *columns], rows)]
+            "and a macro AP tends to be the higher the fewer they are: compare both at the same number only.", *table(["", *columns], rows)]
 
 
 def what_was_trained(oof: OutOfFold, settings: dict) -> list[str]:

@@ -20,8 +20,8 @@ from sklearn.metrics import average_precision_score
 from src import experiments, folds
 from src.console import UserError
 from src.dataset import BalancedSampler, nested_share
-from src.experiment_report import interval, interval_of_whole_seeds
-from src.experiment_results import Results
+from src.experiment_report import DataTable, interval, interval_of_whole_seeds
+from src.experiment_results import SPEED, Results, read_table
 from src.experiment_training import Workers
 from src.experiments import ExperimentSettings, Plan, open_data, train_all
 from src.metadata import read_metadata
@@ -245,6 +245,18 @@ def test_intervals_are_student_s():
     assert interval_of_whole_seeds(by_training, 4)[0] == pytest.approx(mean + 0.02) and np.isnan(interval_of_whole_seeds(by_training, 4)[1:]).all()
     assert np.isnan(interval_of_whole_seeds(by_training[:2], 2)[1:]).all()
     assert np.isnan(interval_of_whole_seeds(by_training[:0], 4)).all()
+
+
+def test_pairs_from_unlike_devices_are_counted_and_each_seed_is_shown():
+    """On the committed rows; all steps' first seed was trained on a GPU, what it is compared with on a CPU."""
+    budget, folder = replace(FULL, side=128, seeds=(0, 1), models=("asca_test",)), Path("benchmarks/results")
+    table = recipe_table(budget, ["birds"])
+    part = DataTable(table, budget, "birds", Results(folder), (), read_table(folder / "experiments_speed.csv", SPEED))
+    csv, row, base = pd.read_csv(folder / "experiments.csv"), *(next(r for r in table.rows if r.name == name) for name in ("all steps", "60 epochs"))
+    ours, theirs = (csv[(csv.data == "birds") & (csv.key == r.key("birds", ()))].set_index(["seed", "fold"]).sort_index() for r in (row, base))
+    assert part.unlike_pairs(row) == ((ours.device != theirs.device).sum(), 10) and part.unlike_pairs(base) == (0, 0)
+    line = next(line for line in part.markdown({}) if line.startswith("| all steps |"))
+    assert f"| {ours.top1[0].mean():.3f}, {ours.top1[1].mean():.3f} |" in line
 
 
 def test_the_recipe_s_default_is_what_src_train_does():

@@ -85,12 +85,16 @@ def install_wheels(bundle: Path) -> None:
         raise UserError(f"onnxruntime is not installed and {bundle} holds no wheel of it; build the bundle with src.bundle --wheels")
 
 
-def find_competition(root: Path, slug: str = "") -> Path:
-    """The competition's folder: the one with a sample submission, of that slug where one is given. Raises UserError with what is there."""
+def find_competition(root: Path, slug: str = "", year: str = "") -> Path:
+    """The competition's folder: the one with a sample submission, of that slug where one is given; of several the one named as the year.
+
+    Raises UserError with what is there.
+    """
     samples = [sample for mount in COMPETITION_MOUNTS for sample in root.glob(f"{mount}/sample_submission.csv") if slug in ("", sample.parent.name)]
     found = sorted({sample.parent.resolve(): sample.parent for sample in samples}.values())  # one, though it lies under both mounts
-    if len(found) == 1 or (found and slug):  # of one name they are the same data, mounted twice
-        return found[0]
+    named = [folder for folder in found if folder.name in (slug, year)]
+    if len(found) == 1 or named:  # of one name they are the same data, mounted twice
+        return (named or found)[0]
     if found:
         raise UserError(f"{len(found)} competitions lie under {root}: {', '.join(folder.name for folder in found)}; "
                         "name one in the notebook's parameter `competition`")

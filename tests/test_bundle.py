@@ -294,4 +294,5 @@ def test_the_competition_is_found_under_both_mounts(tmp_path, mount, capsys):
     shutil.copytree(folder, folder.with_name("birdclef-2024"))
     with pytest.raises(UserError, match="2 competitions"):
         kaggle.find_competition(tmp_path)
-    assert kaggle.find_competition(tmp_path, "birdclef-2023") == folder
+    assert kaggle.find_competition(tmp_path, "birdclef-2023") == folder == kaggle.find_competition(tmp_path, year="birdclef-2023")
+    assert kaggle.find_competition(tmp_path, "birdclef-2024", year="birdclef-2023").name == "birdclef-2024", "a name that is given comes first"

@@ -26,6 +26,7 @@ CHANGES = {
 DEFAULT_CHANGES = {
     "with layer norm and the exact GELU": "--attn-norm ln --activation gelu",
     "with hard swish": "--activation hard_swish",
+    "with ReLU": "--activation relu",
     "without roll, filters, stretch and mel shift": "--roll-probability 0 --filter-db 0 --stretch 0 --mel-shift-bins 0",
     "with larger masks": "--spec-augment-probability 1 --frequency-mask-bins 24 --time-mask-frames 100",
     "with label smoothing 0.1": "--label-smoothing 0.1",

@@ -87,7 +87,7 @@ def verdict(root: Path) -> tuple[bool, int]:
 
 
 def last_plan(text: str) -> str:
-    plans = [line.partition("from here on ")[2] for line in text.splitlines() if line.startswith("deadline:")]
+    plans = [line.split(" left: ")[1] for line in text.splitlines() if line.startswith("deadline:")]
     return "; then ".join(plans) or "all"
 
 

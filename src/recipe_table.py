@@ -45,8 +45,8 @@ def recipe_table(budget: Budget, data: Sequence[str]) -> Table:
         return Row(name, (*size, "--epochs", str(epochs), *flags.split()), against, noise=noise)
 
     rows = [row(whole, DEFAULT, epochs=2 * budget.epochs),
-            row(f"{2 * budget.epochs} epochs with hard swish and label smoothing 0.1", f"{DEFAULT} {DEFAULT_CHANGES['with hard swish']} "
-                f"{DEFAULT_CHANGES['with label smoothing 0.1']}", whole, epochs=2 * budget.epochs),
+            row(f"{2 * budget.epochs} epochs with hard swish and label smoothing 0.1", f"{DEFAULT} --activation hard_swish --label-smoothing 0.1",
+                whole, epochs=2 * budget.epochs),
             row(half, DEFAULT),
             *(row(f"{half} {name}", f"{DEFAULT} {change}") for name, change in DEFAULT_CHANGES.items()),
             row(f"{half} with background noise", DEFAULT, noise=True),

@@ -1,3 +1,4 @@
+import itertools
 import subprocess
 import time
 
@@ -8,7 +9,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.deadline import CLASSES, PRIOR, limited, slow_model, verdict
+from benchmarks.deadline import CLASSES, PRIOR, last_plan, limited, slow_model, verdict
 from src import infer, submission, timeline
 from src.deadline import Guard, Plan
 from src.metadata import read_csv
@@ -176,3 +177,16 @@ def test_dropped_members_count_no_more_and_the_others_as_before(slow):
         guard.plan = plan
         by_plan.append(next(score(found, Ensemble(models_used, CLASSES, guard), batch_size=8)).probability)
     np.testing.assert_array_equal(*by_plan)
+
+
+def test_what_is_dropped_is_told_and_the_measurement_reads_it(slow, capsys):
+    """On a clock that each look at it puts forward a second, so that no member but the first fits."""
+    from src.onnx_models import find_models
+    from src.scoring import Ensemble, score
+    from src.soundscapes import find_soundscapes
+
+    guard = Guard(40.0, hop_seconds=2.5, full_hop_seconds=5.0, n_models=2, n_rows=27, clock=itertools.count().__next__)
+    list(score(find_soundscapes(slow / "soundscapes", 60), Ensemble(find_models([slow / "run"], 1), CLASSES, guard), batch_size=2))
+    assert guard.plan == Plan(5.0, 1)
+    assert last_plan(capsys.readouterr().out) == "1 of 2 model(s) from here on, windows every 5 s from the next soundscape on"
+    assert last_plan("wrote s.csv") == "all"

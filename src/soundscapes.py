@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import queue
 import threading
@@ -18,6 +19,7 @@ from .console import UserError, say
 from .containers import mp3_fault
 
 QUEUED_BATCHES = 16  # decoded ahead of the model
+AT_EXIT_SECONDS = 3.0  # the process waits no longer for a decoder that a hung disk holds up
 OTHER_SOUND = (".m4a", ".mp4", ".aac", ".wma", ".amr", ".3gp", ".caf", ".w64", ".wac", ".mov", ".avi", ".mkv", ".webm", ".mts")  # ffmpeg reads most
 NOT_RECORDINGS = ("$RECYCLE.BIN", "System Volume Information")  # what Windows keeps on a disk or a memory card
 OVERVIEW_COLUMNS = 2000  # as many as a screen shows
@@ -254,3 +256,5 @@ def ahead(batches: Iterator[Batch], left: Callable[[], float] = lambda: float("i
             yield item
     finally:
         stopped.set()
+        if thread.is_alive():  # in C++, say; Python ends by an abort where it finds such a thread
+            atexit.register(thread.join, AT_EXIT_SECONDS)

@@ -1,5 +1,6 @@
 import itertools
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -190,3 +191,23 @@ def test_what_is_dropped_is_told_and_the_measurement_reads_it(slow, capsys):
     assert guard.plan == Plan(5.0, 1)
     assert last_plan(capsys.readouterr().out) == "1 of 2 model(s) from here on, windows every 5 s from the next soundscape on"
     assert last_plan("wrote s.csv") == "all"
+
+
+ABANDONED = """
+import time
+from src.soundscapes import ahead
+
+def slow():
+    time.sleep(0.5)
+    print("decoded")
+    yield
+
+list(ahead(slow(), lambda: 0.0))
+print("left alone")
+"""
+
+
+def test_a_decoder_that_is_left_alone_ends_before_python_does():
+    """Else its C++ meets an interpreter that is gone, and the process aborts behind its whole submission."""
+    done = subprocess.run([sys.executable, "-c", ABANDONED], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split("\n")[:2] == ["left alone", "decoded"], done.stderr
